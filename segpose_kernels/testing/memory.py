@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Memory a computation takes from torch's CPU allocator, read from the profiler's events.
 
-The profiler reports every block that the allocator of torch gives or takes back, whichever layer asked for
-it, C++ operators included. What a library obtains from `malloc` itself is not in these figures; `resident_bytes`
-sees that too.
+The profiler reports every block that the allocator of torch gives or takes back, whichever layer
+asked for it, C++ operators included. What a library obtains from `malloc` itself is not in these
+figures; `resident_bytes` sees that too.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ __all__ = ["allocation_sizes", "peak_allocated_bytes", "resident_bytes", "unretu
 
 
 def allocation_sizes(fn: Callable[[], object]) -> list[int]:
-    """Run `fn` once and list, in order of time, the bytes of each CPU block taken (> 0) or returned (< 0).
+    """Bytes of each CPU block that `fn` takes (> 0) or gives back (< 0), in order of time.
 
-    A block that existed before the call and is freed inside it does not appear: nothing was taken for it here.
-    The result of `fn` is dropped after the last event, so what it returns counts as still taken.
+    A block that existed before the call and is freed inside it does not appear: nothing was taken
+    for it here. The result of `fn` is dropped after the last event, so what it returns counts as
+    still taken.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as prof:
         result = fn()
     del result
-    # `prof.events()` attributes memory to operators; only the raw events keep each block and its time.
+    # `prof.events()` sums memory by operator; only the raw events keep each block and its time.
     assert prof.profiler is not None and prof.profiler.kineto_results is not None
     blocks = [
         (event.start_ns(), event.nbytes())
@@ -37,11 +38,11 @@ def allocation_sizes(fn: Callable[[], object]) -> list[int]:
 
 
 def peak_allocated_bytes(fn: Callable[[], object]) -> int:
-    """Largest number of bytes that `fn` holds at one time beyond what was allocated before the call.
+    """Most bytes that `fn` holds at one time, beyond what was allocated before the call.
 
-    For a training step this is activations, gradients and temporaries. Call the step once before measuring
-    and keep `.grad` tensors alive (`zero_grad(set_to_none=False)`) to leave parameters' gradients and the
-    optimizer's state out of the figure.
+    For a training step this is activations, gradients and temporaries. Call the step once before
+    measuring and keep `.grad` tensors alive (`zero_grad(set_to_none=False)`) to leave parameters'
+    gradients and the optimizer's state out of the figure.
     """
     held = peak = 0
     for size in allocation_sizes(fn):
@@ -51,7 +52,7 @@ def peak_allocated_bytes(fn: Callable[[], object]) -> int:
 
 
 def unreturned_bytes(fn: Callable[[], None]) -> int:
-    """Bytes that `fn` took from the allocator and had not given back when it ended: 0 unless something leaks."""
+    """Bytes that `fn` took and had not given back at its end: 0 unless something leaks."""
     return sum(allocation_sizes(fn))
 
 
