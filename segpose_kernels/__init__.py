@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fused convolution and transposed convolution + bias + activation for PyTorch.
+
+`conv2d_act` and `conv_transpose2d_act` are the operators, `Conv2dAct` and `ConvTranspose2dAct` the
+modules, and `optimize(model)` puts them into a model that is already there. What they compute is
+defined in `segpose_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from . import nn
+from .functional import conv2d_act, conv_transpose2d_act
+from .nn import Conv2dAct, ConvTranspose2dAct
+
+__all__ = [
+    "Conv2dAct",
+    "ConvTranspose2dAct",
+    "__version__",
+    "conv2d_act",
+    "conv_transpose2d_act",
+    "nn",
+]
+
+__version__ = "0.1.0"

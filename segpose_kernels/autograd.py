@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Derivatives of the native operators, and their fakes for torch.compile and torch.export.
+
+Three ways lead into one operator, by what the call needs:
+
+- no gradient: the operator itself, below autograd;
+- reverse mode: `_Fused`, an autograd Function without `setup_context`, the cheapest to enter;
+- func transforms, vmap and forward-mode AD: `_FusedTransformable`.
+
+While compiling, the operator is called plainly: its autograd formula is registered with it, and the
+forward and the backward operator each stay one node of the graph.
+
+The backward operators take their mask from the saved *output*: with negative_slope > 0 its sign is
+that of the pre-activation, and relu's output is positive exactly where its gradient passes. Without
+an activation (negative_slope 1) no output is saved. Double backward goes through
+aten._convolution_double_backward between two applications of the same mask, which is piecewise
+constant and has no derivative of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+
+from . import checks
+from .backends import LIBRARY, NAMESPACE
+
+__all__ = ["NativeOp", "native_ops"]
+
+Params = tuple[Any, ...]
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_any_requires_grad = torch._C._any_requires_grad
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Parameters of a call in the words of aten.convolution."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+
+class NativeOp:
+    """A forward operator of the C++ library and its backward.
+
+    `params` are the operator's arguments after the tensors, in schema order; the last is
+    negative_slope: 1 for no activation, 0 for ReLU, else leaky ReLU's.
+    """
+
+    def __init__(self, label: str, *, transposed: bool) -> None:
+        namespace = getattr(torch.ops, NAMESPACE)
+        self.label = label
+        self.name = f"{label}_act"
+        self.transposed = transposed
+        self.forward = getattr(namespace, self.name).default
+        self.backward = getattr(namespace, f"{self.name}_backward").default
+
+    def geometry(self, params: Params) -> Geometry:
+        if self.transposed:
+            stride, padding, output_padding, groups, dilation, _ = params
+            return Geometry(stride, padding, dilation, True, output_padding, groups)
+        stride, padding, dilation, groups, _ = params
+        return Geometry(stride, padding, dilation, False, (0, 0), groups)
+
+    def convolution(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
+        """The operator without its activation, on aten: linear in (x, b) and in (w, b)."""
+        g = self.geometry(params)
+        return torch.ops.aten.convolution(
+            x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
+        )
+
+    def __call__(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
+        """Output [N, C_out, P, Q] for input [N, C_in, H, W], differentiable in every mode."""
+        if torch.compiler.is_compiling():
+            return self.forward(x, w, b, *params)
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return _FusedTransformable.apply(x, w, b, _Call(self, params))
+        if torch.is_grad_enabled() and _any_requires_grad(x, w, b):
+            return _Fused.apply(x, w, b, self, params)
+        with _below_autograd():
+            return self.forward(x, w, b, *params)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a call has besides tensors, opaque to the pytrees of torch.func."""
+
+    op: NativeOp
+    params: Params
+    needs: tuple[bool, ...] = (True, True, True)
+
+    @property
+    def negative_slope(self) -> float:
+        return self.params[-1]
+
+
+def mask(grad: Tensor, output: Tensor | None, negative_slope: float) -> Tensor:
+    """Gradient through the activation, from the sign of its output; NaN passes a ReLU."""
+    if negative_slope == 1 or output is None:
+        return grad
+    if negative_slope == 0:
+        return grad.masked_fill(output <= 0, 0)
+    return torch.where(output > 0, grad, grad * negative_slope)
+
+
+def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
+    """The operator's placeholders for gradients that were not asked for, as None."""
+    x, w, b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return x, w, b
+
+
+def _backward(
+    op: NativeOp,
+    params: Params,
+    needs: tuple[bool, ...],
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+) -> Grads:
+    """Gradients by input, weight and bias; differentiable again if a graph is being built."""
+    if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+        grads = _FusedBackward.apply(grad, y, x, w, _Call(op, params, needs))
+    else:
+        with _below_autograd():
+            grads = op.backward(grad, y, x, w, *params, *needs)
+    return _needed(grads, needs)
+
+
+def _double_backward(
+    call: _Call,
+    cotangents: Sequence[Tensor | None],  # by grad_input, grad_weight, grad_bias
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+    needs: tuple[bool, bool, bool],  # of grad_output, input, weight
+) -> Grads:
+    """Gradients of the backward operator by grad_output, input and weight."""
+    # A gradient that was not asked for is a placeholder, and so is its cotangent.
+    ggx, ggw, ggb = _needed(cotangents, call.needs)
+    if (ggx is None and ggw is None and ggb is None) or not any(needs):
+        return None, None, None
+    g = call.op.geometry(call.params)
+    slope = call.negative_slope
+    by_grad, by_input, by_weight = torch.ops.aten._convolution_double_backward(
+        ggx,
+        ggw,
+        ggb,
+        mask(grad, y, slope),
+        w,
+        x,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.transposed,
+        g.output_padding,
+        g.groups,
+        needs,
+    )
+    if by_grad is not None:
+        by_grad = mask(by_grad, y, slope)
+    return _needed((by_grad, by_input, by_weight), needs)
+
+
+# Functions -----------------------------------------------------------------------------------
+
+
+class _Fused(torch.autograd.Function):
+    """Reverse mode. No `setup_context`: torch binds its arguments by signature on every call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, op: NativeOp, params: Params
+    ) -> Tensor:
+        with _below_autograd():
+            y = op.forward(x, w, b, *params)
+        ctx.save_for_backward(x, w, None if params[-1] == 1 else y)
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.params = op, params
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if grad is None:
+            return None, None, None, None, None
+        x, w, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return *_backward(ctx.op, ctx.params, needs, grad, y, x, w), None, None
+
+
+class _FusedTransformable(torch.autograd.Function):
+    """The same for torch.func, vmap and forward-mode AD."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, w: Tensor, b: Tensor | None, call: _Call
+    ) -> Tensor:
+        with _below_autograd():
+            return call.op.forward(x, w, b, *call.params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, ctx.call = inputs
+        y = None if ctx.call.negative_slope == 1 else output
+        ctx.save_for_backward(x, w, y)
+        ctx.save_for_forward(x, w, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, w, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return *_backward(ctx.call.op, ctx.call.params, needs, grad, y, x, w), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """act'(y) * (conv(x', w) + conv(x, w') + b')."""
+        x, w, y = ctx.saved_tensors
+        x_t, w_t, b_t, _ = tangents
+        call = ctx.call
+        if x_t is None and w_t is not None:
+            tangent = call.op.convolution(x, w_t, b_t, call.params)
+        else:
+            x_t = torch.zeros_like(x) if x_t is None else x_t
+            tangent = call.op.convolution(x_t, w, b_t, call.params)
+            if w_t is not None:
+                tangent = tangent + call.op.convolution(x, w_t, None, call.params)
+        return mask(tangent, y, call.negative_slope)
+
+
+class _FusedBackward(torch.autograd.Function):
+    """The backward operator with its own derivatives, for double backward and torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with _below_autograd():
+            return call.op.backward(grad, y, x, w, *call.params, *call.needs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        grad, y, x, w = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        by_grad, by_input, by_weight = _double_backward(ctx.call, cotangents, grad, y, x, w, needs)
+        return by_grad, None, by_input, by_weight, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Linear in grad, and by the product rule in (grad, w) and (grad, x)."""
+        grad, y, x, w = ctx.saved_tensors
+        grad_t, _, x_t, w_t, _ = tangents
+        op, params, needs = ctx.call.op, ctx.call.params, ctx.call.needs
+        terms: list[Grads] = []
+        if grad_t is not None:
+            terms.append(_backward(op, params, needs, grad_t, y, x, w))
+        cross = needs[0] and w_t is not None, needs[1] and x_t is not None, False
+        if any(cross):
+            x_t, w_t = x if x_t is None else x_t, w if w_t is None else w_t
+            terms.append(_backward(op, params, cross, grad, y, x_t, w_t))
+        shapes = x.shape, w.shape, (grad.shape[1],)
+        gx, gw, gb = (
+            _sum([term[i] for term in terms], x, shape if need else (0,))
+            for i, (shape, need) in enumerate(zip(shapes, needs, strict=True))
+        )
+        return gx, gw, gb
+
+
+def _sum(terms: Sequence[Tensor | None], like: Tensor, shape: Sequence[int]) -> Tensor:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else like.new_zeros(shape)
+
+
+# Registration --------------------------------------------------------------------------------
+
+
+def _memory_format(x: Tensor, w: Tensor) -> torch.memory_format:
+    """torch's rule: channels_last if input or weight is."""
+    last = torch.channels_last
+    if suggest_memory_format(x) == last or suggest_memory_format(w) == last:
+        return last
+    return torch.contiguous_format
+
+
+def _empty(x: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, w))
+
+
+def _output_shape(op: NativeOp, x: Tensor, w: Tensor, params: Params) -> list[int]:
+    g = op.geometry(params)
+    kernel = [checks.effective_kernel(w.shape[2 + i], g.dilation[i]) for i in (0, 1)]
+    if op.transposed:
+        channels = w.shape[1] * g.groups
+        full = [(x.shape[2 + i] - 1) * g.stride[i] + kernel[i] for i in (0, 1)]
+        extents = [full[i] - 2 * g.padding[i] + g.output_padding[i] for i in (0, 1)]
+    else:
+        channels = w.shape[0]
+        padded = [x.shape[2 + i] + 2 * g.padding[i] for i in (0, 1)]
+        extents = [(padded[i] - kernel[i]) // g.stride[i] + 1 for i in (0, 1)]
+    return [x.shape[0], channels, *extents]
+
+
+def _register_fakes(op: NativeOp) -> None:
+    check = checks.check_conv_transpose2d if op.transposed else checks.check_conv2d
+
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
+        check(x, w, b, *params[:-1])
+        return _empty(x, w, _output_shape(op, x, w, params))
+
+    def backward(
+        grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_input, need_weight, need_bias = rest[-3:]
+        return (
+            _empty(x, w, x.shape) if need_input else x.new_empty(0),
+            torch.empty_like(w) if need_weight else x.new_empty(0),
+            x.new_empty(grad.shape[1] if need_bias else 0),
+        )
+
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}", forward)
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", backward)
+
+
+def _register_autograd(op: NativeOp) -> None:
+    """Formulas of the plain operators, which torch.compile and torch.export trace."""
+
+    def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, *params = inputs
+        ctx.save_for_backward(x, w, None if params[-1] == 1 else output)
+        ctx.params = tuple(params)
+
+    def forward_formula(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, w, y = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:3])
+        grads = op.backward(grad, y, x, w, *ctx.params, *needs)
+        return *_needed(grads, needs), *(None for _ in ctx.params)
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.call = _Call(op, tuple(inputs[4:-3]), tuple(inputs[-3:]))
+
+    def backward_formula(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        grad, y, x, w = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        by_grad, by_input, by_weight = _double_backward(ctx.call, cotangents, grad, y, x, w, needs)
+        others = (None for _ in (*ctx.call.params, *ctx.call.needs))
+        return by_grad, None, by_input, by_weight, *others
+
+    name = f"{NAMESPACE}::{op.name}"
+    torch.library.register_autograd(name, forward_formula, setup_context=save_forward)
+    torch.library.register_autograd(
+        f"{name}_backward", backward_formula, setup_context=save_backward
+    )
+
+
+def _native_ops() -> dict[str, NativeOp]:
+    """The operators of the library by name, with fakes and formulas; empty without the library."""
+    if not LIBRARY.loaded:
+        return {}
+    ops = {
+        "conv2d": NativeOp("conv2d", transposed=False),
+        "conv_transpose2d": NativeOp("conv_transpose2d", transposed=True),
+    }
+    for op in ops.values():
+        _register_fakes(op)
+        _register_autograd(op)
+    return ops
+
+
+native_ops = _native_ops()

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which implementation runs a call: the ordered list of backends, and why each one can or cannot.
+
+Importing this module loads the C++ library that registers `torch.ops.segpose.*`. When it is missing
+or does not load, the reason is kept, and calls run on the next backend of the list.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checks import NATIVE_DTYPES
+
+__all__ = ["BACKENDS", "LIBRARY", "Backend", "Library", "select"]
+
+NAMESPACE = "segpose"
+
+_CONV2D = (
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float negative_slope"
+)
+_CONV_TRANSPOSE2D = (
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, "
+    "SymInt[2] dilation, float negative_slope"
+)
+_FORWARD = "Tensor input, Tensor weight, Tensor? bias"
+_BACKWARD = "Tensor grad_output, Tensor? output, Tensor input, Tensor weight"
+_NEEDS = "bool need_input, bool need_weight, bool need_bias"
+
+# What the Python side calls; a library built from another version of the sources is turned away.
+SCHEMAS = {
+    "conv2d_act": f"({_FORWARD}, {_CONV2D}) -> Tensor",
+    "conv2d_act_backward": f"({_BACKWARD}, {_CONV2D}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    "conv_transpose2d_act": f"({_FORWARD}, {_CONV_TRANSPOSE2D}) -> Tensor",
+    "conv_transpose2d_act_backward": (
+        f"({_BACKWARD}, {_CONV_TRANSPOSE2D}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The C++ library: where it lies, and why it is not in use (None when it is)."""
+
+    path: Path | None
+    missing: str | None
+
+    @property
+    def loaded(self) -> bool:
+        return self.missing is None
+
+    def has_kernels_for(self, dispatch_key: str) -> bool:
+        """Whether every operator has a kernel for "CPU" or "CUDA"."""
+        return self.loaded and all(
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
+            for name in SCHEMAS
+        )
+
+
+def _schema_difference() -> str | None:
+    """First operator whose registered schema is not the one this version calls."""
+    for name, expected in SCHEMAS.items():
+        packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
+        if packet is None:
+            return f"it has no operator {NAMESPACE}::{name}"
+        found = str(packet.default._schema).removeprefix(f"{NAMESPACE}::{name}")
+        if found != expected:
+            return f"its {NAMESPACE}::{name} is {found}, expected {expected}"
+    return None
+
+
+def _load_library() -> Library:
+    # SEGPOSE_LIBRARY names another build of the same library, one with sanitizers for example.
+    override = os.environ.get("SEGPOSE_LIBRARY")
+    folder = Path(__file__).resolve().parent
+    found = [Path(override)] if override else sorted(folder.glob("_C*.so"))
+    if not found:
+        return Library(
+            None,
+            f"the C++ library {folder / '_C*.so'} does not exist: the package was not built; "
+            "run `pip install -e .` in its source folder",
+        )
+    path = found[0]
+    try:
+        torch.ops.load_library(path)
+    except Exception as error:  # whatever the loader says is the reason to report
+        reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
+        return Library(path, f"{reason}; rebuild it with `pip install -e .`")
+    difference = _schema_difference()
+    if difference is not None:
+        return Library(
+            path,
+            f"{path.name} was built from another version of the sources: {difference}; "
+            "rebuild it with `pip install -e .`",
+        )
+    return Library(path, None)
+
+
+LIBRARY = _load_library()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators."""
+
+    name: str
+    devices: frozenset[str] | None  # torch device types; None: all
+    dtypes: frozenset[torch.dtype] | None  # None: all that torch's own operators take
+    missing: str | None  # why it cannot run anything here
+
+    def supports(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot run a call on tensors of this device and dtype; None when it can."""
+        if self.missing is not None:
+            return self.missing
+        if self.devices is not None and device_type not in self.devices:
+            return f"it runs tensors on {' or '.join(sorted(self.devices))}, got {device_type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            names = sorted(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"it computes {', '.join(names)}, got {str(dtype).removeprefix('torch.')}"
+        return None
+
+
+def _missing(dispatch_key: str) -> str | None:
+    if not LIBRARY.loaded:
+        return LIBRARY.missing
+    if not LIBRARY.has_kernels_for(dispatch_key):
+        return f"the library was built without {dispatch_key} kernels"
+    return None
+
+
+# Fastest first; the first that supports a call runs it. Meta tensors have the CPU's fakes.
+BACKENDS = (
+    Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, _missing("CUDA")),
+    Backend(
+        "triton",
+        frozenset({"cuda"}),
+        NATIVE_DTYPES,
+        "this version of the package has no Triton kernels",
+    ),
+    Backend("cpu", frozenset({"cpu", "meta"}), NATIVE_DTYPES, _missing("CPU")),
+    Backend("aten", None, None, None),
+)
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def _default_backend() -> str:
+    """What "auto" means: SEGPOSE_BACKEND, or the first of the list that supports a call."""
+    name = os.environ.get("SEGPOSE_BACKEND", "auto")
+    if name != "auto" and name not in _BY_NAME:
+        warnings.warn(
+            f"SEGPOSE_BACKEND={name!r} is not one of auto, {', '.join(_BY_NAME)}; using auto",
+            stacklevel=2,
+        )
+        return "auto"
+    return name
+
+
+DEFAULT_BACKEND = _default_backend()
+
+_selected: dict[tuple[str, str, torch.dtype], str] = {}
+
+
+def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """Name of the backend that runs a call.
+
+    `requested` is a backend's name or "auto". Raises ValueError for an unknown name, RuntimeError
+    with the reason when the backend asked for cannot run the call.
+    """
+    key = requested, device_type, dtype
+    name = _selected.get(key)
+    if name is None:
+        name = _selected[key] = _select(requested, device_type, dtype)
+    return name
+
+
+def _select(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    if requested != "auto" and requested not in _BY_NAME:
+        names = ", ".join(repr(name) for name in ("auto", *_BY_NAME))
+        raise ValueError(f"segpose_kernels: backend must be one of {names}, got {requested!r}")
+    asked = DEFAULT_BACKEND if requested == "auto" else requested
+    if asked == "auto":
+        return next(b.name for b in BACKENDS if b.supports(device_type, dtype) is None)
+    reason = _BY_NAME[asked].supports(device_type, dtype)
+    if reason is not None:
+        source = "" if requested == asked else " (from SEGPOSE_BACKEND)"
+        raise RuntimeError(
+            f"segpose_kernels: backend {asked!r}{source} cannot run this call: {reason}; "
+            "use backend='auto' to fall back"
+        )
+    return asked
+
+
+@torch.compiler.assume_constant_result
+def select_for_compile(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """`select` as a constant of the graph, so that no guard on the table is left behind."""
+    return _select(requested, device_type, dtype)
