@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels of the segpose ops: check, allocate, plan, launch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "passes.h"
+
+namespace segpose {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+DType to_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "segpose: the cpu backend supports float32, float64, bfloat16 and float16");
+  }
+}
+
+TensorView view_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), to_dtype(tensor), tensor.size(0),   tensor.size(1),   tensor.size(2),
+          tensor.size(3),    tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+FilterView filter_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), to_dtype(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor allocate_bytes(int64_t bytes, const Tensor& like) {
+  return torch::stable::empty({std::max<int64_t>(bytes, 1)}, ScalarType::Byte, std::nullopt, like.device());
+}
+
+// torch's thread pool.
+Executor torch_executor() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t workers, void (*body)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t worker = begin; worker < end; ++worker) body(context, worker);
+            });
+          }};
+}
+
+bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
+
+Ints shape_of(const ConvProblem& problem, bool x_shaped) {
+  if (x_shaped) return {problem.n, problem.c, problem.h, problem.w};
+  return {problem.n, problem.k, problem.p, problem.q};
+}
+
+void run_gather(const ConvProblem& problem, Pass pass, const TensorView& source, const Tensor& weight,
+                const OptionalTensor& bias, const Tensor& destination, const Epilogue& epilogue) {
+  const Plan plan = plan_conv(problem, pass, to_dtype(weight), selected_isa());
+  const Executor executor = torch_executor();
+  const GatherPass request{&plan,
+                           source,
+                           filter_of(weight),
+                           bias.has_value() ? bias->data_ptr() : nullptr,
+                           bias.has_value() ? bias->stride(0) : 0,
+                           view_of(destination),
+                           epilogue};
+  const Tensor workspace = allocate_bytes(gather_workspace(request, executor.workers), weight);
+  run_gather_pass(request, workspace.data_ptr(), executor);
+}
+
+// act(bias) everywhere: what a convolution over no channels gives.
+void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProblem& problem, const Epilogue& epilogue) {
+  torch::stable::zero_(output);
+  if (!bias.has_value() || output.numel() == 0) return;
+  ConvProblem one = problem;
+  one.c = one.k = output.size(1);
+  one.groups = output.size(1);
+  one.r = one.s = one.stride_h = one.stride_w = one.dilation_h = one.dilation_w = 1;
+  one.pad_h = one.pad_w = 0;
+  one.h = one.p = output.size(2);
+  one.w = one.q = output.size(3);
+  Tensor weight = torch::stable::new_zeros(output, {output.size(1), 1, 1, 1});
+  Tensor source = torch::stable::new_zeros(output, {output.size(0), output.size(1), output.size(2), output.size(3)});
+  run_gather(one, Pass::fprop, view_of(source), weight, bias, output, epilogue);
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
+               double negative_slope) {
+  const ConvProblem problem = make_problem(input, weight, attributes);
+  const Ints shape = shape_of(problem, attributes.transposed);
+  check_bias(bias, input, shape[1]);
+  const Epilogue epilogue = epilogue_from_slope(negative_slope);
+  Tensor output = allocate(shape, input, suggests_channels_last(input) || suggests_channels_last(weight));
+  if (is_empty(input, weight)) {
+    fill_with_bias(output, bias, problem, epilogue);
+  } else {
+    run_gather(problem, attributes.transposed ? Pass::dgrad : Pass::fprop, view_of(input), weight, bias, output,
+               epilogue);
+  }
+  return output;
+}
+
+// What the passes of a backward share: dy after the activation's gradient, as channel rows or in place.
+struct MaskedGradient {
+  TensorView view;
+  Tensor storage;
+};
+
+MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& output, const Epilogue& epilogue,
+                             OptionalTensor& grad_bias) {
+  const TensorView grad = view_of(grad_output);
+  const DType compute = compute_dtype_of(grad.dtype);
+  const bool masked = epilogue.activation != Activation::none;
+  const bool in_place = !masked && grad.has_channel_rows(compute);
+  MaskedGradient result{grad, grad_output};
+  if (in_place && !grad_bias.has_value()) return result;
+  GradientPass pass{grad,         nullptr, epilogue, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
+                    grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
+  TensorView output_view{};
+  if (masked) {
+    output_view = view_of(*output);
+    pass.output = &output_view;
+  }
+  if (!in_place) {
+    result.storage = allocate_bytes(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
+    pass.masked.data = result.storage.data_ptr();
+    result.view = pass.masked;
+  }
+  const Executor executor = torch_executor();
+  const Tensor workspace = allocate_bytes(gradient_workspace(pass, executor.workers), grad_output);
+  run_gradient_pass(pass, workspace.data_ptr(), executor);
+  return result;
+}
+
+void run_wgrad(const ConvProblem& problem, const TensorView& grad, const TensorView& activation,
+               const Tensor& grad_weight) {
+  const Plan plan = plan_conv(problem, Pass::wgrad, to_dtype(grad_weight), selected_isa());
+  const Executor executor = torch_executor();
+  const WgradPass pass{&plan, grad, activation, filter_of(grad_weight)};
+  const Tensor workspace = allocate_bytes(wgrad_workspace(pass, executor.workers), grad_weight);
+  run_wgrad_pass(pass, workspace.data_ptr(), executor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input,
+                                            const Tensor& weight, const ConvAttributes& attributes, double negative_slope,
+                                            bool need_input, bool need_weight, bool need_bias) {
+  const ConvProblem problem = make_problem(input, weight, attributes);
+  const Ints shape = shape_of(problem, attributes.transposed);
+  const Epilogue epilogue = epilogue_from_slope(negative_slope);
+  check_same_shape(grad_output, "grad_output", input, shape);
+  if (epilogue.activation != Activation::none) {
+    STD_TORCH_CHECK(output.has_value(), "segpose: output is needed to mask the gradient of an activation");
+    check_same_shape(*output, "output", input, shape);
+  }
+  const Ints none{0};
+  Tensor grad_input = need_input ? allocate(shape_of(problem, !attributes.transposed), input,
+                                            suggests_channels_last(input) || suggests_channels_last(weight))
+                                 : torch::stable::new_empty(input, none);
+  Tensor grad_weight = need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, none);
+  OptionalTensor grad_bias;
+  if (need_bias) grad_bias = torch::stable::new_empty(weight, {shape[1]});
+  if (grad_output.numel() == 0) {
+    torch::stable::zero_(grad_input);
+    torch::stable::zero_(grad_weight);
+    if (grad_bias.has_value()) torch::stable::zero_(*grad_bias);
+  } else {
+    const MaskedGradient masked = mask_gradient(grad_output, output, epilogue, grad_bias);
+    const TensorView& grad = masked.view;
+    if (need_input && grad_input.numel() > 0) {
+      run_gather(problem, attributes.transposed ? Pass::fprop : Pass::dgrad, grad, weight, std::nullopt, grad_input,
+                 {Activation::none, 1.0});
+    }
+    if (need_weight && grad_weight.numel() > 0) {
+      if (attributes.transposed) {
+        run_wgrad(problem, view_of(input), grad, grad_weight);
+      } else {
+        run_wgrad(problem, grad, view_of(input), grad_weight);
+      }
+    }
+  }
+  return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};
+}
+
+Tensor conv2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride, Ints padding,
+                  Ints dilation, int64_t groups, double negative_slope) {
+  return forward(input, weight, bias, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_act_backward(const Tensor& grad_output, const OptionalTensor& output,
+                                                       const Tensor& input, const Tensor& weight, Ints stride,
+                                                       Ints padding, Ints dilation, int64_t groups,
+                                                       double negative_slope, bool need_input, bool need_weight,
+                                                       bool need_bias) {
+  return backward(grad_output, output, input, weight, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope,
+                  need_input, need_weight, need_bias);
+}
+
+Tensor conv_transpose2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride,
+                            Ints padding, Ints output_padding, int64_t groups, Ints dilation, double negative_slope) {
+  return forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, true}, negative_slope);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& grad_output, const OptionalTensor& output,
+                                                                 const Tensor& input, const Tensor& weight, Ints stride,
+                                                                 Ints padding, Ints output_padding, int64_t groups,
+                                                                 Ints dilation, double negative_slope, bool need_input,
+                                                                 bool need_weight, bool need_bias) {
+  return backward(grad_output, output, input, weight, {stride, padding, output_padding, dilation, groups, true},
+                  negative_slope, need_input, need_weight, need_bias);
+}
+
+}  // namespace
+}  // namespace segpose
+
+STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
+  m.impl("conv2d_act", TORCH_BOX(&segpose::conv2d_act));
+  m.impl("conv2d_act_backward", TORCH_BOX(&segpose::conv2d_act_backward));
+  m.impl("conv_transpose2d_act", TORCH_BOX(&segpose::conv_transpose2d_act));
+  m.impl("conv_transpose2d_act_backward", TORCH_BOX(&segpose::conv_transpose2d_act_backward));
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "igemm.h"
+
+#include <algorithm>
+
+#include "row_table.h"
+#include "staging.h"
+
+namespace segpose {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t most_taps(const Plan& plan) {
+  size_t most = 1;
+  for (const Phase& phase : plan.phases) most = std::max(most, phase.taps.size());
+  return static_cast<int64_t>(most);
+}
+
+// What one worker needs for a block of destination pixels.
+template <class T>
+struct Scratch {
+  RowTable<T> rows;
+  T** out;         // [block_m] destination rows
+  T* partial;      // [block_m][nr] sums between chunks
+  T* tile;         // [block_m][nr] results on their way to another layout or dtype
+  T* gathered;     // [block_m][taps * channels]
+  const T** flat;  // [block_m] rows of `gathered`
+
+  Scratch(const Plan& plan, Arena& arena) {
+    int64_t nr = 1;
+    for (const Panel& panel : plan.panels) nr = std::max(nr, panel.nr);
+    const bool depthwise = plan.algorithm == Algorithm::depthwise;
+    const int64_t width = depthwise ? plan.problem.groups : nr;
+    rows.step = plan.block_m;
+    rows.sources = arena.take<const T*>(most_taps(plan) * plan.block_m);
+    rows.offsets = arena.take<int64_t>(plan.block_m);
+    out = arena.take<T*>(plan.block_m);
+    partial = depthwise ? nullptr : arena.take<T>(plan.block_m * nr);
+    tile = arena.take<T>(plan.block_m * width);
+    gathered = nullptr;
+    flat = nullptr;
+    if (plan.algorithm == Algorithm::gathered) {
+      gathered = arena.take<T>(plan.block_m * most_taps(plan) * plan.source_channels());
+      flat = arena.take<const T*>(plan.block_m);
+    }
+  }
+};
+
+// Destination rows in place where the layout allows, else rows of the tile buffer; rows past `count` always land there.
+template <class T>
+void set_out_rows(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t count, int64_t channel, int64_t width,
+                  bool direct) {
+  const int64_t block_m = scratch.rows.step;
+  for (int64_t m = 0; m < block_m; ++m) {
+    scratch.out[m] = direct && m < count ? launch.destination.template as<T>() + scratch.rows.offsets[m] + channel
+                                         : scratch.tile + m * width;
+  }
+}
+
+// The reduction of one block, as chunks of whole taps or of the channels of one tap.
+template <class T>
+struct Reduction {
+  const T* const* sources;
+  int64_t source_step;
+  int64_t taps;
+  int64_t depth;
+  int64_t a_offset;
+  int64_t k_chunk;
+};
+
+template <class T>
+void run_panel(const GemmTile<T>& tile, const Reduction<T>& reduction, const T* packed, GemmArgs<T> args,
+               const Scratch<T>& scratch, int64_t rows) {
+  const int64_t depth = reduction.depth;
+  const int64_t pieces = reduction.taps == 0 ? 1 : std::max<int64_t>(ceil_div(depth, reduction.k_chunk), 1);
+  const int64_t taps_per_chunk =
+      pieces > 1 ? 1 : std::max<int64_t>(reduction.k_chunk / std::max<int64_t>(depth, 1), 1);
+  const int64_t chunks = std::max<int64_t>(pieces > 1 ? reduction.taps * pieces : ceil_div(reduction.taps, taps_per_chunk), 1);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t tap = pieces > 1 ? chunk / pieces : chunk * taps_per_chunk;
+    const int64_t piece = pieces > 1 ? chunk % pieces : 0;
+    const int64_t begin = depth * piece / pieces;
+    args.taps = std::min(taps_per_chunk, reduction.taps - tap);
+    args.depth = depth * (piece + 1) / pieces - begin;
+    args.a_step = reduction.source_step;
+    args.a_offset = reduction.a_offset + begin;
+    args.b = packed + (tap * depth + begin) * tile.nr;
+    for (int64_t row = 0; row < rows; row += tile.mr) {
+      T* partial = scratch.partial + row * tile.nr;
+      GemmArgs<T> call = args;
+      call.a = reduction.sources + tap * reduction.source_step + row;
+      call.partial_in = chunk > 0 ? partial : nullptr;
+      call.partial_out = chunk + 1 < chunks ? partial : nullptr;
+      call.out = scratch.out + row;
+      tile.run(call);
+    }
+  }
+}
+
+// Copies the taps of every row together: [rows][taps * channels].
+template <class T>
+void gather_rows(const Scratch<T>& scratch, int64_t taps, int64_t channels, int64_t offset, int64_t count) {
+  for (int64_t m = 0; m < scratch.rows.step; ++m) {
+    scratch.flat[m] = scratch.gathered + m * taps * channels;
+    if (m >= count) continue;
+    T* row = scratch.gathered + m * taps * channels;
+    for (int64_t t = 0; t < taps; ++t) {
+      const T* source = scratch.rows.sources[t * scratch.rows.step + m] + offset;
+      for (int64_t c = 0; c < channels; ++c) row[t * channels + c] = source[c];
+    }
+  }
+  for (int64_t m = count; m < scratch.rows.step; ++m) scratch.flat[m] = scratch.gathered;
+}
+
+struct Block {
+  int64_t phase, group, panel_begin, panel_end, first, count;
+};
+
+template <class T>
+void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T>& scratch) {
+  const Plan& plan = *launch.plan;
+  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
+  const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
+  const int64_t taps = static_cast<int64_t>(phase.taps.size());
+  const int64_t channels = plan.source_channels();
+  fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
+  const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
+  Reduction<T> reduction{scratch.rows.sources, scratch.rows.step, taps, channels, block.group * channels, plan.k_chunk};
+  if (plan.algorithm == Algorithm::gathered && taps > 0) {
+    gather_rows(scratch, taps, channels, block.group * channels, block.count);
+    reduction = {scratch.flat, scratch.rows.step, 1, taps * channels, 0, plan.k_chunk};
+  }
+  GemmArgs<T> args{};
+  args.activation = launch.epilogue.activation;
+  args.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
+  for (int64_t p = block.panel_begin; p < block.panel_end; ++p) {
+    const Panel& panel = plan.panels[static_cast<size_t>(p)];
+    const GemmTile<T>& tile = kernels.gemm[panel.tile];
+    const int64_t channel = block.group * plan.columns() + panel.column;
+    set_out_rows(launch, scratch, block.count, channel, panel.nr, direct);
+    args.columns = panel.columns;
+    args.bias = launch.bias == nullptr ? nullptr : launch.bias + block.group * plan.padded_columns() + panel.column;
+    const T* packed = launch.packed + launch.layout->phase_offset(block.phase) +
+                      launch.layout->panel_offset(plan, block.phase, block.group, panel);
+    run_panel(tile, reduction, packed, args, scratch, block.count);
+    if (!direct) {
+      unstage_block(kernels, scratch.tile, panel.nr, block.count, panel.columns, launch.destination, scratch.rows.offsets,
+                    channel);
+    }
+  }
+}
+
+template <class T>
+void run_depthwise_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T>& scratch) {
+  const Plan& plan = *launch.plan;
+  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
+  const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
+  const int64_t channels = plan.problem.groups;
+  fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
+  const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
+  set_out_rows(launch, scratch, block.count, 0, channels, direct);
+  DepthwiseArgs<T> args{};
+  args.a_step = scratch.rows.step;
+  args.taps = static_cast<int64_t>(phase.taps.size());
+  args.w = launch.packed + launch.layout->phase_offset(block.phase);
+  args.channels = channels;
+  args.bias = launch.bias;
+  args.activation = launch.epilogue.activation;
+  args.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
+  for (int64_t row = 0; row < block.count; row += kDepthwiseRows) {
+    args.a = scratch.rows.sources + row;
+    args.out = scratch.out + row;
+    kernels.depthwise(args);
+  }
+  if (!direct) {
+    unstage_block(kernels, scratch.tile, channels, block.count, channels, launch.destination, scratch.rows.offsets, 0);
+  }
+}
+
+// Panels outermost: a packed panel stays in cache while the blocks of pixels pass by.
+std::vector<Block> split_blocks(const Plan& plan) {
+  const bool depthwise = plan.algorithm == Algorithm::depthwise;
+  const int64_t groups = depthwise ? 1 : plan.problem.groups;
+  const int64_t panels = depthwise ? 1 : static_cast<int64_t>(plan.panels.size());
+  std::vector<Block> blocks;
+  for (size_t p = 0; p < plan.phases.size(); ++p) {
+    const Phase& phase = plan.phases[p];
+    const int64_t rows = plan.problem.n * phase.rows * phase.cols;
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t panel = 0; panel < panels; panel += plan.panels_per_task) {
+        for (int64_t first = 0; first < rows; first += plan.block_m) {
+          blocks.push_back({static_cast<int64_t>(p), group, panel, std::min(panel + plan.panels_per_task, panels), first,
+                            std::min(plan.block_m, rows - first)});
+        }
+      }
+    }
+  }
+  return blocks;
+}
+
+}  // namespace
+
+template <class T>
+int64_t gather_scratch(const Plan& plan) {
+  Arena arena(nullptr);
+  Scratch<T> scratch(plan, arena);
+  return arena.used();
+}
+
+template <class T>
+void launch_gather(const GatherLaunch<T>& launch, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  const std::vector<Block> blocks = split_blocks(plan);
+  const int64_t scratch_bytes = gather_scratch<T>(plan);
+  for_each_task(executor, static_cast<int64_t>(blocks.size()), [&](int64_t task, int64_t worker) {
+    Arena arena(launch.scratch + worker * scratch_bytes);
+    Scratch<T> scratch(plan, arena);
+    const Block& block = blocks[static_cast<size_t>(task)];
+    if (plan.algorithm == Algorithm::depthwise) {
+      run_depthwise_block(launch, block, scratch);
+    } else {
+      run_gemm_block(launch, block, scratch);
+    }
+  });
+}
+
+template int64_t gather_scratch<float>(const Plan&);
+template int64_t gather_scratch<double>(const Plan&);
+template void launch_gather<float>(const GatherLaunch<float>&, const Executor&);
+template void launch_gather<double>(const GatherLaunch<double>&, const Executor&);
+
+}  // namespace segpose

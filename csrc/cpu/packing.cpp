@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "packing.h"
+
+#include <algorithm>
+
+#include "staging.h"
+
+namespace segpose {
+namespace {
+
+// Element offset of the weight that multiplies source channel `from` into column `column` of a group.
+struct FilterStrides {
+  int64_t group, column, from;
+};
+
+FilterStrides strides_for(const Plan& plan, const FilterView& filter) {
+  const int64_t group = plan.problem.k_per_group() * filter.stride_k;
+  if (plan.pass == Pass::fprop) return {group, filter.stride_k, filter.stride_c};
+  return {group, filter.stride_c, filter.stride_k};
+}
+
+// [from][nr] of one tap.
+template <class T>
+void pack_tap(const void* data, DType dtype, int64_t start, const FilterStrides& strides, int64_t from, int64_t columns,
+              int64_t nr, T* packed) {
+  if (dtype == compute_dtype<T>()) {
+    const T* source = static_cast<const T*>(data) + start;
+    if (strides.from == 1) {
+      // Reads whole lines and writes 16 rows of the panel at a time, which stay in L1.
+      constexpr int64_t kRows = 16;
+      for (int64_t i0 = 0; i0 < from; i0 += kRows) {
+        const int64_t rows = std::min(kRows, from - i0);
+        for (int64_t j = 0; j < columns; ++j) {
+          const T* line = source + j * strides.column + i0;
+          for (int64_t i = 0; i < rows; ++i) packed[(i0 + i) * nr + j] = line[i];
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < from; ++i) {
+        for (int64_t j = 0; j < columns; ++j) packed[i * nr + j] = source[i * strides.from + j * strides.column];
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < from; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        packed[i * nr + j] = load_element<T>(data, dtype, start + i * strides.from + j * strides.column);
+      }
+    }
+  }
+  if (columns == nr) return;
+  for (int64_t i = 0; i < from; ++i) std::fill(packed + i * nr + columns, packed + (i + 1) * nr, T{0});
+}
+
+}  // namespace
+
+PackedFilter::PackedFilter(const Plan& plan) {
+  for (const Phase& phase : plan.phases) {
+    phase_offsets_.push_back(size_);
+    size_ += static_cast<int64_t>(phase.taps.size()) * plan.source_channels() * plan.padded_columns() *
+             plan.problem.groups;
+  }
+}
+
+int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t group, const Panel& panel) const {
+  const int64_t rows = static_cast<int64_t>(plan.phases[static_cast<size_t>(phase)].taps.size()) * plan.source_channels();
+  return rows * (group * plan.padded_columns() + panel.column);
+}
+
+template <class T>
+void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
+                 const Executor& executor) {
+  const FilterStrides strides = strides_for(plan, filter);
+  const int64_t panels = static_cast<int64_t>(plan.panels.size());
+  const int64_t from = plan.source_channels();
+  for (size_t p = 0; p < plan.phases.size(); ++p) {
+    const Phase& phase = plan.phases[p];
+    const int64_t taps = static_cast<int64_t>(phase.taps.size());
+    T* base = packed + layout.phase_offset(static_cast<int64_t>(p));
+    for_each_task(executor, plan.problem.groups * panels * taps, [&](int64_t task, int64_t) {
+      const int64_t t = task % taps;
+      const Panel& panel = plan.panels[static_cast<size_t>(task / taps % panels)];
+      const int64_t group = task / (taps * panels);
+      const Tap& tap = phase.taps[static_cast<size_t>(t)];
+      const int64_t start =
+          group * strides.group + panel.column * strides.column + tap.r * filter.stride_r + tap.s * filter.stride_s;
+      T* block = base + layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
+      pack_tap(filter.data, filter.dtype, start, strides, from, panel.columns, panel.nr, block);
+    });
+  }
+}
+
+template <class T>
+void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, T* packed) {
+  const int64_t columns = plan.columns();
+  const int64_t padded = plan.padded_columns();
+  for (int64_t group = 0; group < plan.problem.groups; ++group) {
+    for (int64_t j = 0; j < padded; ++j) {
+      packed[group * padded + j] = j < columns ? load_element<T>(bias, dtype, (group * columns + j) * stride) : T{0};
+    }
+  }
+}
+
+#define SEGPOSE_INSTANTIATE(T)                                                                               \
+  template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);    \
+  template void pack_bias<T>(const Plan&, const void*, DType, int64_t, T*);
+SEGPOSE_INSTANTIATE(float)
+SEGPOSE_INSTANTIATE(double)
+
+}  // namespace segpose

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Filters in the order in which the microkernels read them.
+#pragma once
+
+#include "executor.h"
+#include "plan.h"
+#include "tensor_view.h"
+
+namespace segpose {
+
+// Packed filters of fprop and dgrad: for every phase, group and panel a block [taps][source channels][nr], ragged columns
+// filled with zeros. Offsets in elements.
+class PackedFilter {
+ public:
+  explicit PackedFilter(const Plan& plan);
+  int64_t size() const { return size_; }
+  int64_t phase_offset(int64_t phase) const { return phase_offsets_[static_cast<size_t>(phase)]; }
+  // From the start of a phase to a panel of a group.
+  int64_t panel_offset(const Plan& plan, int64_t phase, int64_t group, const Panel& panel) const;
+
+ private:
+  std::vector<int64_t> phase_offsets_;
+  int64_t size_ = 0;
+};
+
+template <class T>
+void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
+                 const Executor& executor);
+
+// The bias of every group, padded to whole panels: [groups][padded columns].
+template <class T>
+void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, T* packed);
+
+}  // namespace segpose

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// launch: one whole pass over tensors of any layout and dtype, given workspace. No torch, no allocation.
+#pragma once
+
+#include "executor.h"
+#include "plan.h"
+#include "tensor_view.h"
+
+namespace segpose {
+
+// fprop or dgrad: destination = act(gather(source, filter) + bias).
+struct GatherPass {
+  const Plan* plan;
+  TensorView source;
+  FilterView filter;
+  const void* bias;  // [destination channels] of the filter's dtype, or null
+  int64_t bias_stride;
+  TensorView destination;
+  Epilogue epilogue;
+};
+
+// Bytes of workspace for run_gather_pass with that many workers.
+int64_t gather_workspace(const GatherPass& pass, int64_t workers);
+void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor);
+
+struct WgradPass {
+  const Plan* plan;
+  TensorView grad;        // y-shaped
+  TensorView activation;  // x-shaped
+  FilterView destination;
+};
+
+int64_t wgrad_workspace(const WgradPass& pass, int64_t workers);
+void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& executor);
+
+// The backward prologue: masks dy by the sign of y and sums the bias gradient, in one pass over dy.
+struct GradientPass {
+  TensorView grad;
+  const TensorView* output;  // null without activation
+  Epilogue epilogue;
+  Isa isa;
+  TensorView masked;    // NHWC in the compute type, or data == null when dy is read in place
+  void* bias_grad;      // [c] of dy's dtype, or null
+};
+
+int64_t gradient_workspace(const GradientPass& pass, int64_t workers);
+void run_gradient_pass(const GradientPass& pass, void* workspace, const Executor& executor);
+
+// float for everything but float64.
+inline DType compute_dtype_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+}  // namespace segpose

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// problem -> plan: which algorithm runs, with which tiles and blocks. Pure, so it is tested and printed without running.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../common/conv_problem.h"
+#include "../common/phases.h"
+#include "cpu_features.h"
+#include "dtype.h"
+
+namespace segpose {
+
+// In order of preference; plan_conv takes the first that supports the problem.
+enum class Algorithm {
+  depthwise,  // one channel per group on both sides: vectors over channels, no GEMM
+  gathered,   // few channels: copy each pixel's taps into one row, then GEMM over taps * channels
+  igemm,      // implicit GEMM through row pointers; supports everything
+};
+
+const char* algorithm_name(Algorithm algorithm);
+const char* pass_name(Pass pass);
+
+// Columns of one GEMM that share a microkernel width; the last one may be ragged.
+struct Panel {
+  int64_t column;   // first column within the group
+  int64_t columns;  // valid columns, <= nr
+  int tile;         // index into Ukernels::gemm, or width class of Ukernels::wgrad
+  int64_t nr;
+};
+
+struct Plan {
+  ConvProblem problem;
+  Pass pass;
+  DType dtype;
+  Isa isa;
+  Algorithm algorithm;
+  std::vector<Phase> phases;  // fprop and dgrad: destination pixels; wgrad: the fprop phase, whose taps it reduces over
+  std::vector<Panel> panels;  // of one group
+  int64_t block_m;            // destination pixels (wgrad: reduced pixels) a task keeps in cache
+  int64_t k_chunk;            // gemm_k steps between visits to the partial sums
+  int64_t panels_per_task;    // fprop and dgrad
+  int64_t k_block;            // wgrad: filters a task owns
+  int64_t splits;             // wgrad: pieces of the pixel reduction, added in order afterwards
+  double flops;
+  double bytes;  // each operand and result once
+
+  // Source and destination channels of fprop and dgrad, per group.
+  int64_t source_channels() const { return pass == Pass::fprop ? problem.c_per_group() : problem.k_per_group(); }
+  int64_t columns() const { return pass == Pass::fprop ? problem.k_per_group() : problem.c_per_group(); }
+  int64_t padded_columns() const;
+
+  std::string str() const;
+};
+
+Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa);
+
+}  // namespace segpose

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "staging.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace segpose {
+namespace {
+
+// Pixels and channels of a transposition block: 16 floats are a cache line on both sides.
+constexpr int64_t kBlock = 16;
+// Rows of the image that one partial bias sum covers; fixed, so that the sum does not depend on the threads.
+constexpr int64_t kBiasChunks = 64;
+
+const char* address(const TensorView& view, int64_t offset) {
+  return static_cast<const char*>(view.data) + offset * dtype_size(view.dtype);
+}
+
+// One image row [w][c] of any layout into channel rows.
+template <class T>
+void load_image_row(const Ukernels<T>& kernels, const TensorView& view, int64_t n, int64_t h, T* row) {
+  const int64_t base = view.offset(n, h, 0);
+  if (view.c == 1 && view.stride_w == 1) {
+    kernels.load_row(view.dtype, address(view, base), view.w, row);
+    return;
+  }
+  if (view.stride_c == 1 && view.stride_w == view.c) {
+    kernels.load_row(view.dtype, address(view, base), view.w * view.c, row);
+    return;
+  }
+  if (view.stride_c == 1 || view.c == 1) {
+    for (int64_t w = 0; w < view.w; ++w) {
+      kernels.load_row(view.dtype, address(view, base + w * view.stride_w), view.c, row + w * view.c);
+    }
+    return;
+  }
+  T line[kBlock];
+  for (int64_t w0 = 0; w0 < view.w; w0 += kBlock) {
+    const int64_t width = std::min(kBlock, view.w - w0);
+    for (int64_t c = 0; c < view.c; ++c) {
+      const int64_t start = base + c * view.stride_c + w0 * view.stride_w;
+      if (view.stride_w == 1) {
+        kernels.load_row(view.dtype, address(view, start), width, line);
+      } else {
+        for (int64_t w = 0; w < width; ++w) line[w] = load_element<T>(view.data, view.dtype, start + w * view.stride_w);
+      }
+      T* column = row + w0 * view.c + c;
+      for (int64_t w = 0; w < width; ++w) column[w * view.c] = line[w];
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void stage(const Ukernels<T>& kernels, const TensorView& source, T* destination, const Executor& executor) {
+  for_each_task(executor, source.n * source.h, [&](int64_t task, int64_t) {
+    load_image_row(kernels, source, task / source.h, task % source.h, destination + task * source.w * source.c);
+  });
+}
+
+template <class T>
+int64_t gradient_scratch(const TensorView& grad, int64_t workers) {
+  return 2 * workers * grad.w * grad.c + kBiasChunks * grad.c;
+}
+
+template <class T>
+void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor) {
+  const TensorView& grad = stage.grad;
+  const int64_t row_size = grad.w * grad.c;
+  T* partials = scratch + 2 * executor.workers * row_size;
+  const int64_t rows = grad.n * grad.h;
+  const int64_t chunks = std::min(kBiasChunks, rows);
+  const T slope = static_cast<T>(stage.epilogue.negative_slope);
+  for_each_task(executor, chunks, [&](int64_t chunk, int64_t worker) {
+    T* sums = partials + chunk * grad.c;
+    std::fill_n(sums, grad.c, T{0});
+    T* temporary = scratch + 2 * worker * row_size;
+    for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; ++row) {
+      const int64_t n = row / grad.h;
+      const int64_t h = row % grad.h;
+      T* g = stage.destination != nullptr ? stage.destination + row * row_size : temporary;
+      load_image_row(kernels, grad, n, h, g);
+      if (stage.output != nullptr) {
+        const TensorView& output = *stage.output;
+        const T* y = temporary + row_size;
+        if (output.has_channel_rows(compute_dtype<T>()) && output.stride_w == output.c) {
+          y = output.as<T>() + output.offset(n, h, 0);
+        } else {
+          load_image_row(kernels, output, n, h, temporary + row_size);
+        }
+        kernels.mask_row(stage.epilogue.activation, slope, y, row_size, g);
+      }
+      if (stage.bias_grad != nullptr) {
+        for (int64_t w = 0; w < grad.w; ++w) kernels.add_row(g + w * grad.c, grad.c, sums);
+      }
+    }
+  });
+  if (stage.bias_grad == nullptr) return;
+  for (int64_t c = 0; c < grad.c; ++c) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += static_cast<double>(partials[chunk * grad.c + c]);
+    stage.bias_grad[c] = sum;
+  }
+}
+
+template <class T>
+void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, int64_t count, int64_t columns,
+                   const TensorView& destination, const int64_t* offsets, int64_t channel) {
+  char* data = static_cast<char*>(destination.data);
+  const int64_t size = dtype_size(destination.dtype);
+  if (destination.stride_c == 1 || destination.c == 1) {
+    for (int64_t m = 0; m < count; ++m) {
+      kernels.store_row(destination.dtype, rows + m * row_step, columns, data + (offsets[m] + channel) * size);
+    }
+    return;
+  }
+  T line[kBlock];
+  for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
+    const int64_t width = std::min(kBlock, count - m0);
+    const bool in_line = offsets[m0 + width - 1] - offsets[m0] == width - 1;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t start = (channel + c) * destination.stride_c;
+      for (int64_t m = 0; m < width; ++m) line[m] = rows[(m0 + m) * row_step + c];
+      if (in_line) {
+        kernels.store_row(destination.dtype, line, width, data + (start + offsets[m0]) * size);
+      } else {
+        for (int64_t m = 0; m < width; ++m) {
+          store_element(destination.data, destination.dtype, start + offsets[m0 + m], line[m]);
+        }
+      }
+    }
+  }
+}
+
+#define SEGPOSE_INSTANTIATE(T)                                                                                        \
+  template void stage<T>(const Ukernels<T>&, const TensorView&, T*, const Executor&);                                 \
+  template int64_t gradient_scratch<T>(const TensorView&, int64_t);                                                   \
+  template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);                  \
+  template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&,          \
+                                 const int64_t*, int64_t);
+SEGPOSE_INSTANTIATE(float)
+SEGPOSE_INSTANTIATE(double)
+
+}  // namespace segpose

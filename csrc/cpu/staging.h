@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Between torch's tensors and the kernels: any strides and dtype on one side, rows of channels in the compute type on
+// the other; the activation mask and the bias gradient ride along.
+#pragma once
+
+#include "executor.h"
+#include "tensor_view.h"
+#include "ukernels.h"
+
+namespace segpose {
+
+// Copies `source` into `destination`, an NHWC buffer of the compute type.
+template <class T>
+void stage(const Ukernels<T>& kernels, const TensorView& source, T* destination, const Executor& executor);
+
+// The gradient through the activation and the bias gradient, in one pass over dy.
+template <class T>
+struct GradientStage {
+  TensorView grad;            // dy
+  const TensorView* output;   // y, whose sign is the mask; null without activation
+  Epilogue epilogue;
+  T* destination;     // masked dy as NHWC, or null when dy can be read in place
+  double* bias_grad;  // [c] sums, or null
+};
+
+// Elements of scratch that stage_gradient needs for `workers` workers.
+template <class T>
+int64_t gradient_scratch(const TensorView& grad, int64_t workers);
+
+template <class T>
+void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor);
+
+// Writes `rows` rows of `columns` values (`row_step` apart) to the pixels at element offsets `offsets` of `destination`,
+// starting at channel `channel`.
+template <class T>
+void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, int64_t count, int64_t columns,
+                   const TensorView& destination, const int64_t* offsets, int64_t channel);
+
+// Writes one value in the tensor's dtype.
+template <class T>
+void store_element(void* data, DType dtype, int64_t index, T value) {
+  switch (dtype) {
+    case DType::float32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
+    case DType::float64:
+      static_cast<double*>(data)[index] = static_cast<double>(value);
+      break;
+    case DType::bfloat16:
+      static_cast<uint16_t*>(data)[index] = float_to_bfloat16(static_cast<float>(value));
+      break;
+    case DType::float16:
+      static_cast<uint16_t*>(data)[index] = float_to_float16(static_cast<float>(value));
+      break;
+  }
+}
+
+template <class T>
+T load_element(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::float32:
+      return static_cast<T>(static_cast<const float*>(data)[index]);
+    case DType::float64:
+      return static_cast<T>(static_cast<const double*>(data)[index]);
+    case DType::bfloat16:
+      return static_cast<T>(bfloat16_to_float(static_cast<const uint16_t*>(data)[index]));
+    case DType::float16:
+      return static_cast<T>(float16_to_float(static_cast<const uint16_t*>(data)[index]));
+  }
+  return T{0};
+}
+
+}  // namespace segpose

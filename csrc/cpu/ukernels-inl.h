@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The microkernels, written once with GCC/Clang vector extensions. Each ukernels_<isa>.cpp includes this text inside its
+// own namespace, after `#pragma GCC target`, with SEGPOSE_VECTOR_BYTES set. No include and no lambda here: an inline
+// function or a lambda compiled for a newer instruction set could reach older processors through the linker.
+
+#define SEGPOSE_INLINE __attribute__((always_inline)) inline
+// Accumulators must become registers: every loop over a register tile is unrolled whole.
+#define SEGPOSE_UNROLL _Pragma("GCC unroll 16")
+
+template <class T>
+struct Simd {
+  static constexpr int kLength = SEGPOSE_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  typedef T Vector __attribute__((vector_size(SEGPOSE_VECTOR_BYTES)));
+};
+
+template <class T>
+SEGPOSE_INLINE typename Simd<T>::Vector load(const T* source) {
+  typename Simd<T>::Vector value;
+  __builtin_memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+template <class T>
+SEGPOSE_INLINE void store(T* destination, const typename Simd<T>::Vector& value) {
+  __builtin_memcpy(destination, &value, sizeof(value));
+}
+
+// A ragged row end, in pieces of fixed size: a memcpy of run-time size would be a call.
+template <class T>
+void copy_columns(const T* source, int64_t count, T* destination) {
+  for (; count >= 8; count -= 8, source += 8, destination += 8) __builtin_memcpy(destination, source, 8 * sizeof(T));
+  if (count & 4) {
+    __builtin_memcpy(destination, source, 4 * sizeof(T));
+    source += 4;
+    destination += 4;
+  }
+  if (count & 2) {
+    __builtin_memcpy(destination, source, 2 * sizeof(T));
+    source += 2;
+    destination += 2;
+  }
+  if (count & 1) *destination = *source;
+}
+
+// torch's edges: relu(NaN) = NaN and relu(-inf) = 0, so ReLU selects instead of multiplying.
+template <class T>
+SEGPOSE_INLINE typename Simd<T>::Vector relu(const typename Simd<T>::Vector& value) {
+  const typename Simd<T>::Vector zero = {};
+  return value < zero ? zero : value;
+}
+
+template <class T>
+SEGPOSE_INLINE typename Simd<T>::Vector leaky_relu(const typename Simd<T>::Vector& value, T negative_slope) {
+  const typename Simd<T>::Vector zero = {};
+  return value > zero ? value : value * negative_slope;
+}
+
+template <class T>
+SEGPOSE_INLINE typename Simd<T>::Vector activate(const typename Simd<T>::Vector& value, Activation activation,
+                                                 T negative_slope) {
+  if (activation == Activation::leaky_relu) return leaky_relu<T>(value, negative_slope);
+  return activation == Activation::relu ? relu<T>(value) : value;
+}
+
+template <class T>
+SEGPOSE_INLINE T activate_scalar(T value, Activation activation, T negative_slope) {
+  if (activation == Activation::leaky_relu) return value > 0 ? value : value * negative_slope;
+  if (activation == Activation::relu) return value < 0 ? T{0} : value;
+  return value;
+}
+
+// MR rows by NV vectors of accumulators stay in registers; each step broadcasts MR values and loads NV vectors.
+template <class T, int MR, int NV>
+void gemm_tile(const GemmArgs<T>& args) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  Vector sums[MR][NV] = {};
+  const T* b = args.b;
+  for (int64_t tap = 0; tap < args.taps; ++tap) {
+    const T* a[MR];
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) a[m] = args.a[tap * args.a_step + m] + args.a_offset;
+    for (int64_t step = 0; step < args.depth; ++step) {
+      Vector row[NV];
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) row[v] = load<T>(b + v * kLength);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const T value = a[m][step];
+        SEGPOSE_UNROLL
+        for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+      }
+      b += NV * kLength;
+    }
+  }
+  // Chunks are summed apart and then added: fewer roundings in a row than one long sum.
+  if (args.partial_in != nullptr) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] += load<T>(args.partial_in + (m * NV + v) * kLength);
+    }
+  }
+  if (args.partial_out != nullptr) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) store<T>(args.partial_out + (m * NV + v) * kLength, sums[m][v]);
+    }
+    return;
+  }
+  if (args.bias != nullptr) {
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vector bias = load<T>(args.bias + v * kLength);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) sums[m][v] += bias;
+    }
+  }
+  if (args.activation == Activation::leaky_relu) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] = leaky_relu<T>(sums[m][v], args.negative_slope);
+    }
+  } else if (args.activation == Activation::relu) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] = relu<T>(sums[m][v]);
+    }
+  }
+  if (args.columns >= NV * kLength) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) store<T>(args.out[m] + v * kLength, sums[m][v]);
+    }
+    return;
+  }
+  T tile[MR * NV * kLength];
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) store<T>(tile + (m * NV + v) * kLength, sums[m][v]);
+  }
+  for (int m = 0; m < MR; ++m) copy_columns<T>(tile + m * NV * kLength, args.columns, args.out[m]);
+}
+
+template <class T, int MR, int NV>
+void wgrad_tile(const WgradArgs<T>& args) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  Vector sums[MR][NV] = {};
+  for (int64_t i = 0; i < args.count; ++i) {
+    const T* g = args.segments[i].g + args.g_offset;
+    const T* x = args.segments[i].x + args.x_offset;
+    for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel) {
+      Vector row[NV];
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) row[v] = load<T>(x + v * kLength);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const T value = g[m];
+        SEGPOSE_UNROLL
+        for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+      }
+      g += args.g_step;
+      x += args.x_step;
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    T* out = args.out + m * args.out_step;
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) store<T>(out + v * kLength, load<T>(out + v * kLength) + sums[m][v]);
+  }
+}
+
+template <class T>
+void depthwise_rows(const DepthwiseArgs<T>& args) {
+  constexpr int kRows = kDepthwiseRows;
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  int64_t channel = 0;
+  for (; channel + kLength <= args.channels; channel += kLength) {
+    Vector sums[kRows] = {};
+    for (int64_t tap = 0; tap < args.taps; ++tap) {
+      const Vector w = load<T>(args.w + tap * args.channels + channel);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < kRows; ++m) sums[m] += load<T>(args.a[tap * args.a_step + m] + channel) * w;
+    }
+    Vector bias = {};
+    if (args.bias != nullptr) bias = load<T>(args.bias + channel);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      store<T>(args.out[m] + channel, activate<T>(sums[m] + bias, args.activation, args.negative_slope));
+    }
+  }
+  for (; channel < args.channels; ++channel) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      T sum = 0;
+      for (int64_t tap = 0; tap < args.taps; ++tap) {
+        sum += args.a[tap * args.a_step + m][channel] * args.w[tap * args.channels + channel];
+      }
+      if (args.bias != nullptr) sum += args.bias[channel];
+      args.out[m][channel] = activate_scalar<T>(sum, args.activation, args.negative_slope);
+    }
+  }
+}
+
+template <class T>
+void depthwise_wgrad_row(const WgradArgs<T>& args, int64_t channels) {
+  constexpr int kLength = Simd<T>::kLength;
+  constexpr int kVectors = 4;
+  using Vector = typename Simd<T>::Vector;
+  int64_t channel = 0;
+  for (; channel + kVectors * kLength <= channels; channel += kVectors * kLength) {
+    Vector sums[kVectors] = {};
+    for (int64_t i = 0; i < args.count; ++i) {
+      const T* g = args.segments[i].g + channel;
+      const T* x = args.segments[i].x + channel;
+      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step) {
+        SEGPOSE_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[v] += load<T>(g + v * kLength) * load<T>(x + v * kLength);
+      }
+    }
+    SEGPOSE_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      T* out = args.out + channel + v * kLength;
+      store<T>(out, load<T>(out) + sums[v]);
+    }
+  }
+  for (; channel < channels; ++channel) {
+    T sum = 0;
+    for (int64_t i = 0; i < args.count; ++i) {
+      const T* g = args.segments[i].g + channel;
+      const T* x = args.segments[i].x + channel;
+      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step) sum += *g * *x;
+    }
+    args.out[channel] += sum;
+  }
+}
+
+template <class T>
+void load_row(DType dtype, const void* source, int64_t count, T* row) {
+  const auto* halves = static_cast<const uint16_t*>(source);
+  int64_t i = 0;
+  switch (dtype) {
+    case DType::float32:
+      for (; i < count; ++i) row[i] = static_cast<T>(static_cast<const float*>(source)[i]);
+      break;
+    case DType::float64:
+      for (; i < count; ++i) row[i] = static_cast<T>(static_cast<const double*>(source)[i]);
+      break;
+    case DType::bfloat16:
+      for (; i < count; ++i) row[i] = static_cast<T>(bfloat16_to_float(halves[i]));
+      break;
+    case DType::float16:
+#ifdef SEGPOSE_HAVE_F16C
+      if (sizeof(T) == sizeof(float)) {
+        for (; i + 8 <= count; i += 8) {
+          const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+          _mm256_storeu_ps(reinterpret_cast<float*>(row + i), _mm256_cvtph_ps(packed));
+        }
+      }
+#endif
+      for (; i < count; ++i) row[i] = static_cast<T>(float16_to_float(halves[i]));
+      break;
+  }
+}
+
+template <class T>
+void store_row(DType dtype, const T* row, int64_t count, void* destination) {
+  auto* halves = static_cast<uint16_t*>(destination);
+  int64_t i = 0;
+  switch (dtype) {
+    case DType::float32:
+      for (; i < count; ++i) static_cast<float*>(destination)[i] = static_cast<float>(row[i]);
+      break;
+    case DType::float64:
+      for (; i < count; ++i) static_cast<double*>(destination)[i] = static_cast<double>(row[i]);
+      break;
+    case DType::bfloat16:
+      for (; i < count; ++i) halves[i] = float_to_bfloat16(static_cast<float>(row[i]));
+      break;
+    case DType::float16:
+#ifdef SEGPOSE_HAVE_F16C
+      if (sizeof(T) == sizeof(float)) {
+        for (; i + 8 <= count; i += 8) {
+          const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(row + i));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i),
+                           _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        }
+      }
+#endif
+      for (; i < count; ++i) halves[i] = float_to_float16(static_cast<float>(row[i]));
+      break;
+  }
+}
+
+template <class T>
+void mask_row(Activation activation, T negative_slope, const T* y, int64_t count, T* g) {
+  if (activation == Activation::relu) {
+    for (int64_t i = 0; i < count; ++i) g[i] = y[i] <= 0 ? T{0} : g[i];
+  } else if (activation == Activation::leaky_relu) {
+    for (int64_t i = 0; i < count; ++i) g[i] = y[i] > 0 ? g[i] : g[i] * negative_slope;
+  }
+}
+
+template <class T>
+void add_row(const T* row, int64_t count, T* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
+}
+
+template <class T, int MR, int NV>
+constexpr GemmTile<T> gemm_entry() {
+  return {MR, NV * Simd<T>::kLength, gemm_tile<T, MR, NV>};
+}
+
+template <class T, int MR, int NV>
+constexpr WgradTile<T> wgrad_entry() {
+  return {MR, NV * Simd<T>::kLength, wgrad_tile<T, MR, NV>};
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Microkernels: the innermost register-tile routines, one table per instruction set and compute type.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/conv_problem.h"
+#include "cpu_features.h"
+#include "dtype.h"
+
+namespace segpose {
+
+// C[mr][nr] = sum over taps and depth of A[tap][row][depth] * B[tap][depth][nr], then the epilogue.
+template <class T>
+struct GemmArgs {
+  const T* const* a;  // [taps][mr] pointers to rows of `depth` values
+  int64_t a_step;     // pointers from one tap to the next
+  int64_t a_offset;   // elements added to every pointer of `a`
+  int64_t taps;
+  int64_t depth;
+  const T* b;           // [taps][depth][nr] packed
+  const T* partial_in;  // [mr][nr] sums of earlier chunks, or null
+  T* partial_out;       // [mr][nr] where sums go while chunks remain, or null for the epilogue
+  T* const* out;        // [mr] destination rows
+  int64_t columns;      // valid columns of the last panel, <= nr
+  const T* bias;        // [nr], or null
+  Activation activation;
+  T negative_slope;
+};
+
+template <class T>
+struct GemmTile {
+  int mr;
+  int nr;
+  void (*run)(const GemmArgs<T>&);
+};
+
+// Consecutive pixel pairs of a wgrad reduction.
+template <class T>
+struct Segment {
+  const T* g;  // output-gradient row of the first pixel
+  const T* x;  // activation row of the first pixel
+  int64_t length;
+};
+
+// out[mr][nr] += sum over segments and pixels of g[pixel][row] * x[pixel][column].
+template <class T>
+struct WgradArgs {
+  const Segment<T>* segments;
+  int64_t count;
+  int64_t g_offset, x_offset;  // added to every segment's pointers
+  int64_t g_step, x_step;      // elements from one pixel to the next
+  T* out;
+  int64_t out_step;  // elements from one row of `out` to the next
+};
+
+template <class T>
+struct WgradTile {
+  int mr;
+  int nr;
+  void (*run)(const WgradArgs<T>&);
+};
+
+// out[row][channel] = act(sum over taps of a[tap][row][channel] * w[tap][channel] + bias[channel]).
+template <class T>
+struct DepthwiseArgs {
+  const T* const* a;  // [taps][kDepthwiseRows]
+  int64_t a_step;     // pointers from one tap to the next
+  int64_t taps;
+  const T* w;  // [taps][channels]
+  T* const* out;
+  int64_t channels;
+  const T* bias;
+  Activation activation;
+  T negative_slope;
+};
+
+constexpr int kMaxGemmTiles = 3;
+constexpr int kMaxWgradTiles = 12;
+constexpr int kDepthwiseRows = 4;
+
+template <class T>
+struct Ukernels {
+  int vector_length;  // elements of T
+  int gemm_tiles;
+  GemmTile<T> gemm[kMaxGemmTiles];  // narrow to wide
+  int wgrad_tiles;
+  WgradTile<T> wgrad[kMaxWgradTiles];  // wide and tall first
+  void (*depthwise)(const DepthwiseArgs<T>&);
+  void (*depthwise_wgrad)(const WgradArgs<T>&, int64_t channels);  // out[c] += sum of g[pixel][c] * x[pixel][c]
+  void (*load_row)(DType dtype, const void* source, int64_t count, T* row);
+  void (*store_row)(DType dtype, const T* row, int64_t count, void* destination);
+  // g <- gradient through the activation, by the sign of its output y.
+  void (*mask_row)(Activation activation, T negative_slope, const T* y, int64_t count, T* g);
+  void (*add_row)(const T* row, int64_t count, T* sum);
+};
+
+template <class T>
+const Ukernels<T>& ukernels(Isa isa);
+
+// A dtype of this compute type needs no conversion.
+template <class T>
+constexpr DType compute_dtype();
+template <>
+constexpr DType compute_dtype<float>() {
+  return DType::float32;
+}
+template <>
+constexpr DType compute_dtype<double>() {
+  return DType::float64;
+}
+
+}  // namespace segpose

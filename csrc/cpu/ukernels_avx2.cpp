@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Microkernels for AVX2 with FMA and F16C: 16 registers of 32 bytes.
+#include "ukernels_isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define SEGPOSE_VECTOR_BYTES 32
+#define SEGPOSE_HAVE_F16C
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace segpose::avx2 {
+
+#include "ukernels-inl.h"
+
+// 12 accumulators, 2 vectors of B and one broadcast use 15 of the 16 registers.
+template <class T>
+constexpr Ukernels<T> table() {
+  return {Simd<T>::kLength,
+          2,
+          {gemm_entry<T, 12, 1>(), gemm_entry<T, 6, 2>()},
+          8,
+          {wgrad_entry<T, 6, 2>(), wgrad_entry<T, 4, 2>(), wgrad_entry<T, 2, 2>(), wgrad_entry<T, 1, 2>(),
+           wgrad_entry<T, 8, 1>(), wgrad_entry<T, 4, 1>(), wgrad_entry<T, 2, 1>(), wgrad_entry<T, 1, 1>()},
+          depthwise_rows<T>,
+          depthwise_wgrad_row<T>,
+          load_row<T>,
+          store_row<T>,
+          mask_row<T>,
+          add_row<T>};
+}
+
+const Ukernels<float> kFloat = table<float>();
+const Ukernels<double> kDouble = table<double>();
+
+}  // namespace segpose::avx2
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Microkernels for AVX-512 (F, BW, DQ, VL): 32 registers of 64 bytes.
+#include "ukernels_isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define SEGPOSE_VECTOR_BYTES 64
+#define SEGPOSE_HAVE_F16C
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+namespace segpose::avx512 {
+
+#include "ukernels-inl.h"
+
+// 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer registers.
+template <class T>
+constexpr Ukernels<T> table() {
+  return {Simd<T>::kLength,
+          3,
+          {gemm_entry<T, 12, 1>(), gemm_entry<T, 12, 2>(), gemm_entry<T, 6, 4>()},
+          12,
+          {wgrad_entry<T, 6, 4>(), wgrad_entry<T, 4, 4>(), wgrad_entry<T, 2, 4>(), wgrad_entry<T, 1, 4>(),
+           wgrad_entry<T, 8, 2>(), wgrad_entry<T, 4, 2>(), wgrad_entry<T, 2, 2>(), wgrad_entry<T, 1, 2>(),
+           wgrad_entry<T, 8, 1>(), wgrad_entry<T, 4, 1>(), wgrad_entry<T, 2, 1>(), wgrad_entry<T, 1, 1>()},
+          depthwise_rows<T>,
+          depthwise_wgrad_row<T>,
+          load_row<T>,
+          store_row<T>,
+          mask_row<T>,
+          add_row<T>};
+}
+
+const Ukernels<float> kFloat = table<float>();
+const Ukernels<double> kDouble = table<double>();
+
+}  // namespace segpose::avx512
+#pragma GCC pop_options
+#endif

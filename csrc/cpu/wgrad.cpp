@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "wgrad.h"
+
+#include <algorithm>
+
+#include "row_table.h"
+#include "staging.h"
+
+namespace segpose {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathered; }
+
+// The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or all taps when gathered.
+struct PartialLayout {
+  int64_t groups, units, filters, padded;
+
+  explicit PartialLayout(const Plan& plan) {
+    const bool depthwise = plan.algorithm == Algorithm::depthwise;
+    groups = depthwise ? 1 : plan.problem.groups;
+    units = is_gathered(plan) ? 1 : plan.problem.taps();
+    filters = depthwise ? 1 : plan.problem.k_per_group();
+    padded = depthwise ? plan.problem.groups : plan.padded_columns();
+  }
+  int64_t size() const { return groups * units * filters * padded; }
+  int64_t row(int64_t group, int64_t unit, int64_t filter) const {
+    return ((group * units + unit) * filters + filter) * padded;
+  }
+};
+
+// Pixels of a split, all of them in whole blocks.
+struct PixelRange {
+  int64_t begin, end;
+};
+
+PixelRange split_range(const Plan& plan, int64_t split) {
+  const int64_t pixels = plan.problem.n * plan.problem.p * plan.problem.q;
+  const int64_t blocks = ceil_div(pixels, plan.block_m);
+  return {std::min(pixels, blocks * split / plan.splits * plan.block_m),
+          std::min(pixels, blocks * (split + 1) / plan.splits * plan.block_m)};
+}
+
+// Runs of pixels [begin, end) whose tap lies inside the activation; padding contributes nothing.
+template <class T>
+int64_t fill_segments(const WgradLaunch<T>& launch, const Tap& tap, int64_t begin, int64_t end, Segment<T>* segments) {
+  const ConvProblem& problem = launch.plan->problem;
+  int64_t count = 0;
+  // Columns q with 0 <= q * stride + off < w.
+  const int64_t first = tap.off_w >= 0 ? 0 : ceil_div(-tap.off_w, problem.stride_w);
+  const int64_t last = problem.w - tap.off_w <= 0 ? 0 : std::min(problem.q, ceil_div(problem.w - tap.off_w, problem.stride_w));
+  int64_t q = begin % problem.q;
+  int64_t p = begin / problem.q % problem.p;
+  int64_t n = begin / (problem.q * problem.p);
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t run = std::min(problem.q - q, end - pixel);
+    const int64_t from = std::max(q, first);
+    const int64_t to = std::min(q + run, last);
+    const int64_t h = p * problem.stride_h + tap.off_h;
+    if (from < to && h >= 0 && h < problem.h) {
+      const T* g = launch.grad.template as<T>() + launch.grad.offset(n, p, from);
+      const T* x = launch.activation.template as<T>() + launch.activation.offset(n, h, from * problem.stride_w + tap.off_w);
+      // Rows that follow each other without a gap on both sides are one run.
+      Segment<T>* previous = count > 0 ? segments + count - 1 : nullptr;
+      if (previous != nullptr && previous->g + previous->length * launch.grad.stride_w == g &&
+          previous->x + previous->length * launch.activation.stride_w * problem.stride_w == x) {
+        previous->length += to - from;
+      } else {
+        segments[count++] = {g, x, to - from};
+      }
+    }
+    pixel += run;
+    q = 0;
+    if (++p == problem.p) {
+      p = 0;
+      ++n;
+    }
+  }
+  return count;
+}
+
+template <class T>
+struct Scratch {
+  Segment<T>* segments;  // [block_m]
+  RowTable<T> rows;      // gathered only
+  T* gathered;           // [block_m][padded columns]
+
+  Scratch(const Plan& plan, Arena& arena) {
+    segments = arena.take<Segment<T>>(plan.block_m);
+    rows = {nullptr, plan.block_m, nullptr};
+    gathered = nullptr;
+    if (is_gathered(plan)) {
+      rows.sources = arena.take<const T*>(plan.problem.taps() * plan.block_m);
+      rows.offsets = arena.take<int64_t>(plan.block_m);
+      gathered = arena.take<T>(plan.block_m * plan.padded_columns());
+    }
+  }
+};
+
+// Every panel and filter tile of one block of pixels.
+template <class T>
+void accumulate_tiles(const Plan& plan, const Ukernels<T>& kernels, WgradArgs<T> args, int64_t g_base, int64_t x_base,
+                      int64_t filters, T* out, int64_t padded) {
+  args.out_step = padded;
+  for (const Panel& panel : plan.panels) {
+    args.x_offset = x_base + panel.column;
+    int64_t filter = 0;
+    for (int i = 0; i < kernels.wgrad_tiles; ++i) {
+      const WgradTile<T>& tile = kernels.wgrad[i];
+      if (tile.nr != panel.nr) continue;
+      for (; filter + tile.mr <= filters; filter += tile.mr) {
+        args.g_offset = g_base + filter;
+        args.out = out + filter * padded + panel.column;
+        tile.run(args);
+      }
+    }
+  }
+}
+
+// All taps of a block's pixels side by side, zero where a tap falls outside and in the padding columns.
+template <class T>
+void gather_block(const WgradLaunch<T>& launch, int64_t group, int64_t begin, int64_t count, const Scratch<T>& scratch) {
+  const Plan& plan = *launch.plan;
+  const int64_t channels = plan.problem.c_per_group();
+  const int64_t taps = plan.problem.taps();
+  const int64_t padded = plan.padded_columns();
+  fill_row_table(plan.phases.front(), launch.activation, launch.grad, launch.zeros, begin, count, scratch.rows);
+  for (int64_t m = 0; m < count; ++m) {
+    T* row = scratch.gathered + m * padded;
+    for (int64_t t = 0; t < taps; ++t) {
+      const T* source = scratch.rows.sources[t * scratch.rows.step + m] + group * channels;
+      for (int64_t c = 0; c < channels; ++c) row[t * channels + c] = source[c];
+    }
+    std::fill(row + taps * channels, row + padded, T{0});
+  }
+}
+
+// One task: the filters [first, first + count) of one group and unit, over one split of the pixels.
+template <class T>
+void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t group, int64_t unit, int64_t first,
+              int64_t count, int64_t split, Scratch<T>& scratch) {
+  const Plan& plan = *launch.plan;
+  const ConvProblem& problem = plan.problem;
+  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
+  T* out = launch.partials + split * layout.size() + layout.row(group, unit, first);
+  std::fill_n(out, count * layout.padded, T{0});
+  const PixelRange range = split_range(plan, split);
+  WgradArgs<T> args{};
+  args.segments = scratch.segments;
+  args.g_step = launch.grad.stride_w;
+  args.x_step = launch.activation.stride_w * problem.stride_w;
+  for (int64_t begin = range.begin; begin < range.end; begin += plan.block_m) {
+    const int64_t end = std::min(begin + plan.block_m, range.end);
+    if (is_gathered(plan)) {
+      // The reduced pixels are rows of `gathered`; those of the gradient follow each other within an image row.
+      gather_block(launch, group, begin, end - begin, scratch);
+      args.count = 0;
+      for (int64_t pixel = begin; pixel < end;) {
+        const int64_t q = pixel % problem.q;
+        const int64_t run = std::min(problem.q - q, end - pixel);
+        const int64_t row = pixel / problem.q;
+        const T* g = launch.grad.template as<T>() + launch.grad.offset(row / problem.p, row % problem.p, q);
+        scratch.segments[args.count++] = {g, scratch.gathered + (pixel - begin) * layout.padded, run};
+        pixel += run;
+      }
+      args.x_step = layout.padded;
+      accumulate_tiles(plan, kernels, args, group * problem.k_per_group() + first, 0, count, out, layout.padded);
+      continue;
+    }
+    const Tap& tap = plan.phases.front().taps[static_cast<size_t>(unit)];
+    args.count = fill_segments(launch, tap, begin, end, scratch.segments);
+    if (args.count == 0) continue;
+    if (plan.algorithm == Algorithm::depthwise) {
+      args.out = out;
+      kernels.depthwise_wgrad(args, problem.groups);
+    } else {
+      accumulate_tiles(plan, kernels, args, group * problem.k_per_group() + first, group * problem.c_per_group(), count,
+                       out, layout.padded);
+    }
+  }
+}
+
+// Adds the splits in order and writes [K][C / groups][R][S] with the filter's strides and dtype.
+template <class T>
+void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  const ConvProblem& problem = plan.problem;
+  const FilterView& out = launch.destination;
+  const bool depthwise = plan.algorithm == Algorithm::depthwise;
+  const int64_t channels = problem.c_per_group();
+  for_each_task(executor, problem.k, [&](int64_t k, int64_t) {
+    for (int64_t t = 0; t < problem.taps(); ++t) {
+      const int64_t base = depthwise ? layout.row(0, t, 0) + k
+                           : is_gathered(plan)
+                               ? layout.row(k / problem.k_per_group(), 0, k % problem.k_per_group()) + t * channels
+                               : layout.row(k / problem.k_per_group(), t, k % problem.k_per_group());
+      const int64_t start = k * out.stride_k + t / problem.s * out.stride_r + t % problem.s * out.stride_s;
+      for (int64_t c = 0; c < channels; ++c) {
+        T sum = launch.partials[base + c];
+        for (int64_t split = 1; split < plan.splits; ++split) sum += launch.partials[split * layout.size() + base + c];
+        store_element(out.data, out.dtype, start + c * out.stride_c, sum);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+int64_t wgrad_reads_past(const Plan& plan) {
+  if (plan.algorithm != Algorithm::igemm) return 0;
+  return plan.padded_columns() - plan.problem.c_per_group();
+}
+
+template <class T>
+int64_t wgrad_partials(const Plan& plan) {
+  return plan.splits * PartialLayout(plan).size();
+}
+
+template <class T>
+int64_t wgrad_scratch(const Plan& plan) {
+  Arena arena(nullptr);
+  Scratch<T> scratch(plan, arena);
+  return arena.used();
+}
+
+template <class T>
+void launch_wgrad(const WgradLaunch<T>& launch, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  const PartialLayout layout(plan);
+  const int64_t k_block = plan.algorithm == Algorithm::depthwise ? 1 : plan.k_block;
+  const int64_t k_blocks = ceil_div(layout.filters, k_block);
+  const int64_t scratch_bytes = wgrad_scratch<T>(plan);
+  for_each_task(executor, plan.splits * layout.groups * layout.units * k_blocks, [&](int64_t task, int64_t worker) {
+    Arena arena(launch.scratch + worker * scratch_bytes);
+    Scratch<T> scratch(plan, arena);
+    const int64_t first = task % k_blocks * k_block;
+    const int64_t unit = task / k_blocks % layout.units;
+    const int64_t group = task / (k_blocks * layout.units) % layout.groups;
+    const int64_t split = task / (k_blocks * layout.units * layout.groups);
+    run_task(launch, layout, group, unit, first, std::min(k_block, layout.filters - first), split, scratch);
+  });
+  reduce_and_store(launch, layout, executor);
+}
+
+#define SEGPOSE_INSTANTIATE(T)                             \
+  template int64_t wgrad_reads_past<T>(const Plan&);       \
+  template int64_t wgrad_partials<T>(const Plan&);         \
+  template int64_t wgrad_scratch<T>(const Plan&);          \
+  template void launch_wgrad<T>(const WgradLaunch<T>&, const Executor&);
+SEGPOSE_INSTANTIATE(float)
+SEGPOSE_INSTANTIATE(double)
+
+}  // namespace segpose

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Builds the kernels: `_C` (torch ops on the LibTorch stable ABI) and `_plan` (host-only bindings).
+
+Environment:
+    SEGPOSE_WERROR=1     warnings are errors (CI)
+    SEGPOSE_SANITIZE=1   address and undefined-behaviour sanitizers (CI); run with the sanitizer's library preloaded
+"""
+
+import os
+
+from pybind11 import get_include
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+# The lowest torch the library loads into: 2.13, as the stable ABI writes it.
+TORCH_TARGET_VERSION = "0x020d000000000000"
+
+PLAN_SOURCES = [
+    "csrc/common/phases.cpp",
+    "csrc/cpu/cpu_features.cpp",
+    "csrc/cpu/plan.cpp",
+    "csrc/cpu/ukernels_generic.cpp",
+    "csrc/cpu/ukernels_avx2.cpp",
+    "csrc/cpu/ukernels_avx512.cpp",
+]
+KERNEL_SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/cpu/conv.cpp",
+    "csrc/cpu/igemm.cpp",
+    "csrc/cpu/packing.cpp",
+    "csrc/cpu/passes.cpp",
+    "csrc/cpu/staging.cpp",
+    "csrc/cpu/wgrad.cpp",
+]
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "off", "false", "no")
+
+
+def compile_flags() -> list[str]:
+    flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+    if flag("SEGPOSE_WERROR"):
+        flags.append("-Werror")
+    if flag("SEGPOSE_SANITIZE"):
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+    return flags
+
+
+def link_flags() -> list[str]:
+    return ["-fsanitize=address,undefined"] if flag("SEGPOSE_SANITIZE") else []
+
+
+def extensions() -> list[Extension]:
+    kernels = CppExtension(
+        "segpose_kernels._C",
+        PLAN_SOURCES + KERNEL_SOURCES,
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    plan = CppExtension(
+        "segpose_kernels._plan",
+        [*PLAN_SOURCES, "csrc/plan_bindings.cpp"],
+        include_dirs=[get_include()],
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    # Nothing of torch is used here: plain includes and libraries keep it so.
+    plan.include_dirs, plan.libraries, plan.library_dirs = [get_include()], [], []
+    return [kernels, plan]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
