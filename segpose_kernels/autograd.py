@@ -19,7 +19,7 @@ constant and has no derivative of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,10 @@ class NativeOp:
         self.label = label
         self.name = f"{label}_act"
         self.transposed = transposed
-        self.forward = getattr(namespace, self.name).default
-        self.backward = getattr(namespace, f"{self.name}_backward").default
+        self.forward: Callable[..., Tensor] = getattr(namespace, self.name).default
+        self.backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = getattr(
+            namespace, f"{self.name}_backward"
+        ).default
 
     def geometry(self, params: Params) -> Geometry:
         if self.transposed:
@@ -78,20 +80,24 @@ class NativeOp:
     def convolution(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
         """The operator without its activation, on aten: linear in (x, b) and in (w, b)."""
         g = self.geometry(params)
-        return torch.ops.aten.convolution(
+        y: Tensor = torch.ops.aten.convolution(
             x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
         )
+        return y
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
         """Output [N, C_out, P, Q] for input [N, C_in, H, W], differentiable in every mode."""
+        y: Tensor
         if torch.compiler.is_compiling():
-            return self.forward(x, w, b, *params)
-        if _transforms_active() or forward_ad._current_level >= 0:
-            return _FusedTransformable.apply(x, w, b, _Call(self, params))
-        if torch.is_grad_enabled() and _any_requires_grad(x, w, b):
-            return _Fused.apply(x, w, b, self, params)
-        with _below_autograd():
-            return self.forward(x, w, b, *params)
+            y = self.forward(x, w, b, *params)
+        elif _transforms_active() or forward_ad._current_level >= 0:
+            y = _FusedTransformable.apply(x, w, b, _Call(self, params))
+        elif torch.is_grad_enabled() and _any_requires_grad(x, w, b):
+            y = _Fused.apply(x, w, b, self, params)
+        else:
+            with _below_autograd():
+                y = self.forward(x, w, b, *params)
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,7 @@ class _Call:
 
     @property
     def negative_slope(self) -> float:
-        return self.params[-1]
+        return float(self.params[-1])
 
 
 def mask(grad: Tensor, output: Tensor | None, negative_slope: float) -> Tensor:
@@ -183,7 +189,7 @@ class _Fused(torch.autograd.Function):
     """Reverse mode. No `setup_context`: torch binds its arguments by signature on every call."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, op: NativeOp, params: Params
     ) -> Tensor:
         with _below_autograd():
@@ -194,7 +200,7 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None, None, None, None
         x, w, y = ctx.saved_tensors
@@ -208,9 +214,7 @@ class _FusedTransformable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        x: Tensor, w: Tensor, b: Tensor | None, call: _Call
-    ) -> Tensor:
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, call: _Call) -> Tensor:
         with _below_autograd():
             return call.op.forward(x, w, b, *call.params)
 
@@ -222,7 +226,7 @@ class _FusedTransformable(torch.autograd.Function):
         ctx.save_for_forward(x, w, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, w, y = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         return *_backward(ctx.call.op, ctx.call.params, needs, grad, y, x, w), None
@@ -249,7 +253,7 @@ class _FusedBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _below_autograd():
@@ -262,7 +266,7 @@ class _FusedBackward(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         grad, y, x, w = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         by_grad, by_input, by_weight = _double_backward(ctx.call, cotangents, grad, y, x, w, needs)

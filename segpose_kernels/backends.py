@@ -86,7 +86,7 @@ def _load_library() -> Library:
         )
     path = found[0]
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever the loader says is the reason to report
         reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
         return Library(path, f"{reason}; rebuild it with `pip install -e .`")
@@ -195,7 +195,7 @@ def _select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return asked
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select_for_compile(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """`select` as a constant of the graph, so that no guard on the table is left behind."""
     return _select(requested, device_type, dtype)

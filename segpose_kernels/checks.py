@@ -33,6 +33,9 @@ Pair = tuple[int, int]
 NATIVE_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NATIVE_DTYPE_NAMES = "float32, float64, bfloat16, float16"
 
+# Subclasses (fake tensors among them) may have symbolic sizes.
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+
 
 def _fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"segpose_kernels.{op}: {message}")
@@ -297,6 +300,70 @@ def _check_extents(
         )
 
 
+def _plainly_valid(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    output_padding: Pair | None,
+) -> bool:
+    """Whether a call breaks no rule, for ordinary tensors with extents >= 1, in one expression.
+
+    False decides nothing: the rules are then walked one by one. Module calls of a few microseconds
+    pass through here, so nothing is looked up twice.
+    """
+    if input.__class__ not in _ORDINARY or input.dim() != 4 or weight.dim() != 4:
+        return False
+    _, c, h, w = input.shape
+    c0, c1, r, s = weight.shape
+    stride_h, stride_w = stride
+    padding_h, padding_w = padding
+    dilation_h, dilation_w = dilation
+    kernel_h, kernel_w = dilation_h * (r - 1) + 1, dilation_w * (s - 1) + 1
+    if output_padding is None:
+        channels_match, channels_out = c == c1 * groups, c0
+        extents = h + 2 * padding_h >= kernel_h and w + 2 * padding_w >= kernel_w
+    else:
+        extra_h, extra_w = output_padding
+        channels_match, channels_out = c == c0, c1 * groups
+        extents = (
+            (h - 1) * stride_h - 2 * padding_h + kernel_h + extra_h > 0
+            and (w - 1) * stride_w - 2 * padding_w + kernel_w + extra_w > 0
+            and (0 <= extra_h < stride_h or 0 <= extra_h < dilation_h)
+            and (0 <= extra_w < stride_w or 0 <= extra_w < dilation_w)
+        )
+    dtype, device = input.dtype, input.device
+    return (
+        channels_match
+        and extents
+        and h > 0 < w
+        and r > 0 < s
+        and c0 > 0 < c1
+        and stride_h > 0 < stride_w
+        and padding_h >= 0 <= padding_w
+        and dilation_h > 0 < dilation_w
+        and groups > 0
+        and c0 % groups == 0
+        and dtype is weight.dtype
+        and device == weight.device
+        and input.layout is torch.strided
+        and weight.layout is torch.strided
+        and (
+            bias is None
+            or (
+                bias.dim() == 1
+                and bias.shape[0] == channels_out
+                and dtype is bias.dtype
+                and device == bias.device
+                and bias.layout is torch.strided
+            )
+        )
+    )
+
+
 def check_call(
     op: str,
     input: Tensor,  # [N, C_in, H, W]
@@ -312,6 +379,8 @@ def check_call(
 
     Raises RuntimeError with torch's key phrases for everything that torch's operator rejects.
     """
+    if _plainly_valid(input, weight, bias, stride, padding, dilation, groups, output_padding):
+        return
     if input.dim() != 4:
         _fail(
             op,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The public operators: the contract of arguments, dtypes and autocast, and the choice of backend."""
+"""The public operators: arguments, dtype and autocast rules, and the choice of backend."""
 
 from __future__ import annotations
 

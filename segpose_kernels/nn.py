@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Modules with the constructor arguments and the state_dict of torch.nn.Conv2d / ConvTranspose2d."""
+"""Modules with the constructor arguments and state_dict of torch.nn.Conv2d and ConvTranspose2d."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Conv2dAct(torch.nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """activation(conv2d(input)), see `segpose_kernels.conv2d_act`."""
-        padding = self.padding
+        padding: int | str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -133,7 +133,7 @@ class Conv2dAct(torch.nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _activation_repr(self)
+        return f"{super().extra_repr()}{_activation_repr(self)}"  # type: ignore[no-untyped-call]
 
 
 class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
@@ -252,7 +252,7 @@ class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _activation_repr(self)
+        return f"{super().extra_repr()}{_activation_repr(self)}"  # type: ignore[no-untyped-call]
 
 
 def _activation_repr(module: Conv2dAct | ConvTranspose2dAct) -> str:

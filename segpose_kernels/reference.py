@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the two fused operators compute, in plain torch: the definition that the kernels are held to.
+"""What the two fused operators compute, in plain torch: the kernels are held to this definition.
 
 Both functions also serve as the last backend, "aten": correct for everything torch accepts, fused
 nowhere.
