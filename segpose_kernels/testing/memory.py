@@ -28,7 +28,8 @@ def allocation_sizes(fn: Callable[[], object]) -> list[int]:
         result = fn()
     del result
     # `prof.events()` sums memory by operator; only the raw events keep each block and its time.
-    assert prof.profiler is not None and prof.profiler.kineto_results is not None
+    assert prof.profiler is not None
+    assert prof.profiler.kineto_results is not None
     blocks = [
         (event.start_ns(), event.nbytes())
         for event in prof.profiler.kineto_results.events()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fixed seeds, poisoned memory and the marks shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from segpose_kernels.testing.poison import poisoned_memory
+
+SEED = 20240607
+
+MARKS = (
+    "cuda: needs a CUDA device; skipped by name where there is none",
+    "mutation: plants a fault and expects the checks to find it",
+    "slow: more than a few seconds; runs with --slow or SEGPOSE_SLOW=1",
+    "compact: the subset that is repeated for every instruction set",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in MARKS:
+        config.addinivalue_line("markers", mark)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = config.getoption("--slow") or os.environ.get("SEGPOSE_SLOW", "0") not in ("", "0")
+    no_cuda = None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if no_cuda is not None and "cuda" in item.keywords:
+            item.add_marker(no_cuda)
+        if not slow and "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow or SEGPOSE_SLOW=1"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test draws the same numbers whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory reads as NaN during the test."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two intra-op threads during the test, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
