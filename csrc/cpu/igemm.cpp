@@ -31,17 +31,16 @@ struct Scratch {
     int64_t nr = 1;
     for (const Panel& panel : plan.panels) nr = std::max(nr, panel.nr);
     const bool depthwise = plan.algorithm == Algorithm::depthwise;
-    const int64_t width = depthwise ? plan.problem.groups : nr;
     rows.step = plan.block_m;
     rows.sources = arena.take<const T*>(most_taps(plan) * plan.block_m);
     rows.offsets = arena.take<int64_t>(plan.block_m);
     out = arena.take<T*>(plan.block_m);
     partial = depthwise ? nullptr : arena.take<T>(plan.block_m * nr);
-    tile = arena.take<T>(plan.block_m * width);
+    tile = arena.take<T>(plan.block_m * nr);
     gathered = nullptr;
     flat = nullptr;
     if (plan.algorithm == Algorithm::gathered) {
-      gathered = arena.take<T>(plan.block_m * most_taps(plan) * plan.source_channels());
+      gathered = arena.take<T>(plan.block_m * most_taps(plan) * plan.depth());
       flat = arena.take<const T*>(plan.block_m);
     }
   }
@@ -123,7 +122,7 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
   const int64_t taps = static_cast<int64_t>(phase.taps.size());
-  const int64_t channels = plan.source_channels();
+  const int64_t channels = plan.depth();
   fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
   const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
   Reduction<T> reduction{scratch.rows.sources, scratch.rows.step, taps, channels, block.group * channels, plan.k_chunk};
@@ -156,7 +155,7 @@ void run_depthwise_block(const GatherLaunch<T>& launch, const Block& block, Scra
   const Plan& plan = *launch.plan;
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
-  const int64_t channels = plan.problem.groups;
+  const int64_t channels = plan.columns();
   fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
   const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
   set_out_rows(launch, scratch, block.count, 0, channels, direct);
@@ -180,14 +179,12 @@ void run_depthwise_block(const GatherLaunch<T>& launch, const Block& block, Scra
 
 // Panels outermost: a packed panel stays in cache while the blocks of pixels pass by.
 std::vector<Block> split_blocks(const Plan& plan) {
-  const bool depthwise = plan.algorithm == Algorithm::depthwise;
-  const int64_t groups = depthwise ? 1 : plan.problem.groups;
-  const int64_t panels = depthwise ? 1 : static_cast<int64_t>(plan.panels.size());
+  const int64_t panels = static_cast<int64_t>(plan.panels.size());
   std::vector<Block> blocks;
   for (size_t p = 0; p < plan.phases.size(); ++p) {
     const Phase& phase = plan.phases[p];
     const int64_t rows = plan.problem.n * phase.rows * phase.cols;
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = 0; group < plan.gemm_groups(); ++group) {
       for (int64_t panel = 0; panel < panels; panel += plan.panels_per_task) {
         for (int64_t first = 0; first < rows; first += plan.block_m) {
           blocks.push_back({static_cast<int64_t>(p), group, panel, std::min(panel + plan.panels_per_task, panels), first,

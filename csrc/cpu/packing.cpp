@@ -14,6 +14,7 @@ struct FilterStrides {
 };
 
 FilterStrides strides_for(const Plan& plan, const FilterView& filter) {
+  if (plan.algorithm == Algorithm::depthwise) return {0, filter.stride_k, 0};
   const int64_t group = plan.problem.k_per_group() * filter.stride_k;
   if (plan.pass == Pass::fprop) return {group, filter.stride_k, filter.stride_c};
   return {group, filter.stride_c, filter.stride_k};
@@ -56,13 +57,13 @@ void pack_tap(const void* data, DType dtype, int64_t start, const FilterStrides&
 PackedFilter::PackedFilter(const Plan& plan) {
   for (const Phase& phase : plan.phases) {
     phase_offsets_.push_back(size_);
-    size_ += static_cast<int64_t>(phase.taps.size()) * plan.source_channels() * plan.padded_columns() *
-             plan.problem.groups;
+    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() *
+             plan.gemm_groups();
   }
 }
 
 int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t group, const Panel& panel) const {
-  const int64_t rows = static_cast<int64_t>(plan.phases[static_cast<size_t>(phase)].taps.size()) * plan.source_channels();
+  const int64_t rows = static_cast<int64_t>(plan.phases[static_cast<size_t>(phase)].taps.size()) * plan.depth();
   return rows * (group * plan.padded_columns() + panel.column);
 }
 
@@ -71,12 +72,12 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
                  const Executor& executor) {
   const FilterStrides strides = strides_for(plan, filter);
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
-  const int64_t from = plan.source_channels();
+  const int64_t from = plan.depth();
   for (size_t p = 0; p < plan.phases.size(); ++p) {
     const Phase& phase = plan.phases[p];
     const int64_t taps = static_cast<int64_t>(phase.taps.size());
     T* base = packed + layout.phase_offset(static_cast<int64_t>(p));
-    for_each_task(executor, plan.problem.groups * panels * taps, [&](int64_t task, int64_t) {
+    for_each_task(executor, plan.gemm_groups() * panels * taps, [&](int64_t task, int64_t) {
       const int64_t t = task % taps;
       const Panel& panel = plan.panels[static_cast<size_t>(task / taps % panels)];
       const int64_t group = task / (taps * panels);
@@ -93,7 +94,7 @@ template <class T>
 void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, T* packed) {
   const int64_t columns = plan.columns();
   const int64_t padded = plan.padded_columns();
-  for (int64_t group = 0; group < plan.problem.groups; ++group) {
+  for (int64_t group = 0; group < plan.gemm_groups(); ++group) {
     for (int64_t j = 0; j < padded; ++j) {
       packed[group * padded + j] = j < columns ? load_element<T>(bias, dtype, (group * columns + j) * stride) : T{0};
     }

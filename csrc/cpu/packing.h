@@ -8,7 +8,7 @@
 
 namespace segpose {
 
-// Packed filters of fprop and dgrad: for every phase, group and panel a block [taps][source channels][nr], ragged columns
+// Packed filters of fprop and dgrad: for every phase, group and panel a block [taps][depth][nr], ragged columns
 // filled with zeros. Offsets in elements.
 class PackedFilter {
  public:

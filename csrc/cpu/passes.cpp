@@ -37,7 +37,7 @@ struct GatherBuffers {
     const bool staged = !pass.source.has_channel_rows(compute_dtype<T>());
     source = staged ? arena.take<T>(elements(pass.source)) : nullptr;
     packed = arena.take<T>(layout.size());
-    bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->problem.groups);
+    bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(pass.source.c);
     scratch = arena.take<char>(workers * gather_scratch<T>(*pass.plan));
   }

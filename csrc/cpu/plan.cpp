@@ -12,6 +12,7 @@ namespace {
 // Pixels of a fprop or dgrad block: a multiple of every tile height. 96 rows of partial sums (24 KB at 64 columns) stay
 // in L1 or L2 beside the panel.
 constexpr int64_t kBlockM = 96;
+constexpr int64_t kRowMultiple = 24;
 // gemm_k steps between visits to the partial sums; a chunk of B (256 x 64 floats, 64 KB) stays in L2 while the tiles of a
 // block pass over it.
 constexpr int64_t kChunk = 256;
@@ -83,7 +84,7 @@ bool supports(Algorithm algorithm, const Plan& plan) {
       return is_depthwise(plan.problem) && plan.problem.groups > 1;
     case Algorithm::gathered: {
       // Only worth it where several taps share a row; wgrad gathers the activation, whatever the pass before it.
-      const int64_t channels = plan.pass == Pass::wgrad ? plan.problem.c_per_group() : plan.source_channels();
+      const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
       return channels < kGatherChannels && plan.problem.taps() > 1;
     }
     case Algorithm::igemm:
@@ -100,7 +101,11 @@ double tensor_bytes(const ConvProblem& problem, DType dtype) {
 }
 
 void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
-  plan.panels = split_columns(plan.columns(), widths.count, [&](int i) { return widths.width[i]; });
+  if (plan.algorithm == Algorithm::depthwise) {
+    plan.panels = {{0, plan.columns(), 0, plan.columns()}};
+  } else {
+    plan.panels = split_columns(plan.columns(), widths.count, [&](int i) { return widths.width[i]; });
+  }
   int64_t most_rows = 1;
   int64_t most_taps = 1;
   int64_t blocks = 0;
@@ -108,13 +113,13 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
     most_rows = std::max(most_rows, plan.problem.n * phase.rows * phase.cols);
     most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
   }
-  plan.block_m = std::min(kBlockM, round_up(most_rows, 12));
+  plan.block_m = std::min(kBlockM, round_up(most_rows, kRowMultiple));
   for (const Phase& phase : plan.phases) blocks += ceil_div(plan.problem.n * phase.rows * phase.cols, plan.block_m);
   plan.k_chunk = kChunk;
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
-  const int64_t panel_bytes = most_taps * plan.source_channels() * plan.panels.front().nr * element;
+  const int64_t panel_bytes = most_taps * plan.depth() * plan.panels.front().nr * element;
   plan.panels_per_task = std::clamp(kPanelBytes / std::max<int64_t>(panel_bytes, 1), int64_t{1}, panels);
-  while (plan.panels_per_task > 1 && blocks * plan.problem.groups * ceil_div(panels, plan.panels_per_task) < kMinTasks) {
+  while (plan.panels_per_task > 1 && blocks * plan.gemm_groups() * ceil_div(panels, plan.panels_per_task) < kMinTasks) {
     plan.panels_per_task = ceil_div(plan.panels_per_task, 2);
   }
 }
@@ -122,14 +127,20 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
 void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   const ConvProblem& problem = plan.problem;
   const bool gathered = plan.algorithm == Algorithm::gathered;
-  const int64_t columns = problem.c_per_group() * (gathered ? problem.taps() : 1);
-  plan.panels = split_columns(columns, widths.count, [&](int i) { return widths.width[i]; });
+  const bool depthwise = plan.algorithm == Algorithm::depthwise;
+  if (depthwise) {
+    plan.panels = {{0, problem.groups, 0, problem.groups}};
+  } else {
+    const int64_t columns = problem.c_per_group() * (gathered ? problem.taps() : 1);
+    plan.panels = split_columns(columns, widths.count, [&](int i) { return widths.width[i]; });
+  }
   const int64_t pixels = problem.n * problem.p * problem.q;
   plan.block_m = std::clamp<int64_t>(pixels, 1, kWgradPixels);
   plan.k_block = std::min(problem.k_per_group(), gathered ? problem.k_per_group() : kWgradFilters);
-  const int64_t tasks = problem.groups * ceil_div(problem.k_per_group(), plan.k_block) * (gathered ? 1 : problem.taps());
+  const int64_t units = gathered ? 1 : problem.taps();
+  const int64_t tasks = plan.gemm_groups() * ceil_div(problem.k_per_group(), plan.k_block) * units;
   const int64_t partial =
-      problem.k * (gathered ? 1 : problem.taps()) * plan.padded_columns() * element;
+      plan.gemm_groups() * problem.k_per_group() * units * plan.padded_columns() * element;
   const int64_t most = std::min(ceil_div(pixels, plan.block_m), std::max<int64_t>(kWgradPartialBytes / partial, 1));
   plan.splits = std::clamp(ceil_div(kWgradTasks, tasks), int64_t{1}, std::max<int64_t>(most, 1));
   plan.k_chunk = plan.block_m;
@@ -151,6 +162,16 @@ const char* algorithm_name(Algorithm algorithm) {
 
 const char* pass_name(Pass pass) {
   return pass == Pass::fprop ? "fprop" : pass == Pass::dgrad ? "dgrad" : "wgrad";
+}
+
+int64_t Plan::columns() const {
+  if (algorithm == Algorithm::depthwise) return problem.groups;
+  return pass == Pass::fprop ? problem.k_per_group() : problem.c_per_group();
+}
+
+int64_t Plan::depth() const {
+  if (algorithm == Algorithm::depthwise) return 1;
+  return pass == Pass::fprop ? problem.c_per_group() : problem.k_per_group();
 }
 
 int64_t Plan::padded_columns() const { return panels.empty() ? 0 : panels.back().column + panels.back().nr; }

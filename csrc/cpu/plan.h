@@ -46,10 +46,12 @@ struct Plan {
   double flops;
   double bytes;  // each operand and result once
 
-  // Source and destination channels of fprop and dgrad, per group.
-  int64_t source_channels() const { return pass == Pass::fprop ? problem.c_per_group() : problem.k_per_group(); }
-  int64_t columns() const { return pass == Pass::fprop ? problem.k_per_group() : problem.c_per_group(); }
-  int64_t padded_columns() const;
+  // The GEMMs of fprop and dgrad: one per group, each `columns` wide with gemm_k = taps * depth. Depthwise problems count
+  // as one group whose columns are the channels and whose depth is 1.
+  int64_t gemm_groups() const { return algorithm == Algorithm::depthwise ? 1 : problem.groups; }
+  int64_t columns() const;
+  int64_t depth() const;
+  int64_t padded_columns() const;  // whole panels
 
   std::string str() const;
 };

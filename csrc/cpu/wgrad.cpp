@@ -18,11 +18,10 @@ struct PartialLayout {
   int64_t groups, units, filters, padded;
 
   explicit PartialLayout(const Plan& plan) {
-    const bool depthwise = plan.algorithm == Algorithm::depthwise;
-    groups = depthwise ? 1 : plan.problem.groups;
+    groups = plan.gemm_groups();
     units = is_gathered(plan) ? 1 : plan.problem.taps();
-    filters = depthwise ? 1 : plan.problem.k_per_group();
-    padded = depthwise ? plan.problem.groups : plan.padded_columns();
+    filters = plan.problem.k_per_group();
+    padded = plan.padded_columns();
   }
   int64_t size() const { return groups * units * filters * padded; }
   int64_t row(int64_t group, int64_t unit, int64_t filter) const {
@@ -229,17 +228,16 @@ template <class T>
 void launch_wgrad(const WgradLaunch<T>& launch, const Executor& executor) {
   const Plan& plan = *launch.plan;
   const PartialLayout layout(plan);
-  const int64_t k_block = plan.algorithm == Algorithm::depthwise ? 1 : plan.k_block;
-  const int64_t k_blocks = ceil_div(layout.filters, k_block);
+  const int64_t k_blocks = ceil_div(layout.filters, plan.k_block);
   const int64_t scratch_bytes = wgrad_scratch<T>(plan);
   for_each_task(executor, plan.splits * layout.groups * layout.units * k_blocks, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, arena);
-    const int64_t first = task % k_blocks * k_block;
+    const int64_t first = task % k_blocks * plan.k_block;
     const int64_t unit = task / k_blocks % layout.units;
     const int64_t group = task / (k_blocks * layout.units) % layout.groups;
     const int64_t split = task / (k_blocks * layout.units * layout.groups);
-    run_task(launch, layout, group, unit, first, std::min(k_block, layout.filters - first), split, scratch);
+    run_task(launch, layout, group, unit, first, std::min(plan.k_block, layout.filters - first), split, scratch);
   });
   reduce_and_store(launch, layout, executor);
 }
