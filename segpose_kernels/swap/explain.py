@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`explain`: which plan the kernels choose for each layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import backends
+from .record import LayerCall, record_calls, rewritten_activations
+from .report import format_table
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One call of a layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        problem: shapes and geometry, in one line.
+        activation: none, relu or leaky_relu(slope).
+        backend: what runs it: cpu, cuda, triton or aten; `torch` for a layer that is not fused.
+        algorithm: the plan's own description; for aten and torch that there is none.
+        flops: floating-point operations of the forward, 2 for each multiply-add.
+        bytes: least traffic: input, weight, bias and output, each once.
+    """
+
+    name: str
+    problem: str
+    activation: str
+    backend: str
+    algorithm: str
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Explanation:
+    """One `LayerPlan` for each call of a convolution, in the order of the run."""
+
+    layers: list[LayerPlan] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    @property
+    def flops(self) -> int:
+        """Of the whole forward's convolutions."""
+        return sum(layer.flops for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = ("name", "problem", "activation", "backend", "GFLOP", "MB", "plan")
+        cells = [
+            (
+                layer.name,
+                layer.problem,
+                layer.activation,
+                layer.backend,
+                f"{layer.flops / 1e9:.4f}",
+                f"{layer.bytes / 1e6:.3f}",
+                layer.algorithm,
+            )
+            for layer in self.layers
+        ]
+        return f"{format_table(header, cells)}\n{self.flops / 1e9:.3f} GFLOP in {len(self)} convolutions"
+
+
+def explain(model: nn.Module, x: Any, *, show: bool = True) -> Explanation:
+    """Run the model once and say, for each convolution, which backend and plan its forward uses.
+
+    `x` is the model's input; a tuple or list is passed as positional arguments, a mapping as keywords. Without
+    gradients, and the state of BatchNorm and of the random number generator is kept. `show` prints the table.
+    """
+    extra = rewritten_activations(model)
+    explanation = Explanation([_layer_plan(call, extra) for call in record_calls(model, x)])
+    if show:
+        print(explanation)
+    return explanation
+
+
+def _layer_plan(call: LayerCall, extra: dict[str, str]) -> LayerPlan:
+    conv, output = call.module, call.output
+    image = call.input if call.input.dim() == 4 else call.input.unsqueeze(0)
+    out_shape = output.shape if output.dim() == 4 else output.unsqueeze(0).shape
+    weight = conv.weight
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    # A transposed convolution multiplies once for each *input* position.
+    positions = image.shape if transposed else out_shape
+    flops = 2 * weight.numel() * positions[0] * positions[2] * positions[3]
+    elements = image.numel() + weight.numel() + output.numel()
+    elements += conv.bias.numel() if conv.bias is not None else 0
+    backend, algorithm = "torch", "not fused: torch's own operator"
+    activation = ""
+    if call.fused:
+        backend = backends.select(conv.backend, output.device.type, output.dtype)
+        activation = conv.activation
+        if activation == "leaky_relu":
+            activation = f"leaky_relu({conv.negative_slope:g})"
+        if activation == "none":
+            activation = extra.get(call.name, activation)
+        algorithm = (
+            _plan_text(call, tuple(image.shape), tuple(out_shape)) if backend == "cpu" else ""
+        )
+        algorithm = algorithm or "torch's operators, one after the other"
+        algorithm = algorithm if backend in ("cpu", "aten") else f"chosen by the {backend} backend"
+    return LayerPlan(
+        call.name,
+        _problem_text(call, tuple(image.shape), tuple(out_shape)),
+        activation,
+        backend,
+        algorithm,
+        int(flops),
+        elements * output.element_size(),
+    )
+
+
+def _problem_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> str:
+    conv = call.module
+    parts = [
+        "x".join(map(str, shape)),
+        "->",
+        "x".join(map(str, out_shape)),
+        "k" + "x".join(map(str, conv.kernel_size)),
+        "s" + "x".join(map(str, conv.stride)),
+        f"p{conv.padding}"
+        if isinstance(conv.padding, str)
+        else "p" + "x".join(map(str, conv.padding)),
+    ]
+    if set(conv.dilation) != {1}:
+        parts.append("d" + "x".join(map(str, conv.dilation)))
+    if conv.groups != 1:
+        parts.append(f"g{conv.groups}")
+    return " ".join([*parts, str(call.output.dtype).removeprefix("torch.")])
+
+
+def _plan_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> str:
+    """The CPU kernels' plan of this forward, in its own words."""
+    try:
+        from .. import _plan  # compiled, and optional like the kernels it describes
+    except ImportError as error:
+        return f"plan unknown: {error}"
+    conv = call.module
+    weight = tuple(conv.weight.shape)
+    if isinstance(conv, nn.ConvTranspose2d):
+        output_padding = tuple(
+            out_shape[2 + axis]
+            - (
+                (shape[2 + axis] - 1) * conv.stride[axis]
+                - 2 * int(conv.padding[axis])
+                + conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+                + 1
+            )
+            for axis in range(2)
+        )
+        problem = _plan.ConvProblem.for_conv_transpose2d(
+            shape, weight, conv.stride, conv.padding, output_padding, conv.groups, conv.dilation
+        )
+        op = "dgrad"
+    else:
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        padding = (top, left)
+        if conv.padding_mode != "zeros" or (left, top) != (right, bottom):
+            # Padded before the kernel runs.
+            shape = (shape[0], shape[1], shape[2] + top + bottom, shape[3] + left + right)
+            padding = (0, 0)
+        problem = _plan.ConvProblem.for_conv2d(
+            shape, weight, conv.stride, padding, conv.dilation, conv.groups
+        )
+        op = "fprop"
+    return str(_plan.plan(problem, op=op, dtype=str(call.output.dtype).removeprefix("torch.")))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What was changed in a model, kept on the model itself, so that copies and pickles of it can be restored too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .eligible import JOURNAL
+from .layout import contiguous_outputs
+from .pieces import fold
+from .report import SwapReport
+
+
+@dataclass
+class Journal:
+    """Every change, with what stood there before.
+
+    Attributes:
+        modules: (parent, attribute, old, new) for each replaced module.
+        attributes: (owner, attribute, old, new) for each replaced callable attribute.
+        forwards: modules that got a forward of their own.
+        formats: (module, parameter name, strides) of each parameter whose memory format was changed.
+        folds: convolutions that hold folded tensors, with their BatchNorm.
+        options: the arguments of `optimize`, to tell a repeated call.
+        layers: names and types of all modules afterwards, for the same purpose.
+        owner: the model.
+    """
+
+    owner: nn.Module
+    report: SwapReport
+    options: dict[str, Any]
+    modules: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
+    forwards: list[nn.Module] = field(default_factory=list)
+    formats: list[tuple[nn.Module, str, tuple[int, ...]]] = field(default_factory=list)
+    folds: list[tuple[nn.Module, nn.BatchNorm2d]] = field(default_factory=list)
+    layers: list[tuple[str, str]] = field(default_factory=list)
+
+    def replace_module(self, parent: nn.Module, attribute: str, new: nn.Module) -> None:
+        """Put `new` in a child's place, keeping its position."""
+        old = parent._modules[attribute]
+        assert old is not None
+        self.modules.append((parent, attribute, old, new))
+        parent._modules[attribute] = new
+
+    def replace_attribute(self, owner: nn.Module, attribute: str, new: Any) -> None:
+        """Put `new` in place of a plain attribute."""
+        self.attributes.append((owner, attribute, vars(owner)[attribute], new))
+        vars(owner)[attribute] = new
+
+    def set_forward(self, owner: nn.Module, forward: Any) -> None:
+        """Set a forward on the instance."""
+        vars(owner)["forward"] = forward
+        self.forwards.append(owner)
+
+    def to_channels_last(self, module: nn.Module) -> None:
+        """Reorder a 4-d weight in place; the Parameter object stays."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            return
+        self.formats.append((module, "weight", weight.stride()))
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+    def undo(self) -> None:
+        """Put everything back; what the user has replaced since is left as it is."""
+        for owner in self.forwards:
+            vars(owner).pop("forward", None)
+        for owner, attribute, old, new in reversed(self.attributes):
+            if vars(owner).get(attribute) is new:
+                vars(owner)[attribute] = old
+        for module, name, strides in self.formats:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                restored = torch.empty_strided(
+                    parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
+                )
+                parameter.data = restored.copy_(parameter.data)
+        for parent, attribute, old, new in reversed(self.modules):
+            if parent._modules.get(attribute) is new:
+                parent._modules[attribute] = old
+                # Modes set since then were set on the module in place.
+                old.training = new.training
+        self._unhook()
+        vars(self.owner).pop(JOURNAL, None)
+
+    def hook(self) -> None:
+        """Give the caller contiguous outputs."""
+        self.owner.register_forward_hook(contiguous_outputs, with_kwargs=True)
+
+    def hook_loading(self) -> None:
+        """Fold again whenever a checkpoint is loaded into the model."""
+        self.owner.register_load_state_dict_post_hook(refold)
+
+    def _unhook(self) -> None:
+        hooks = self.owner._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is contiguous_outputs]:
+            del hooks[key]
+            self.owner._forward_hooks_with_kwargs.pop(key, None)
+        loading = self.owner._load_state_dict_post_hooks
+        for key in [key for key, hook in loading.items() if hook is refold]:
+            del loading[key]
+
+
+def refold(model: nn.Module, incompatible_keys: Any) -> None:
+    """Hook of `load_state_dict`: the folded tensors follow the parameters just loaded."""
+    journal = journal_of(model)
+    for conv, norm in journal.folds if journal is not None else ():
+        fold(conv, norm)
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, str]]:
+    """Names and types of all modules."""
+    return [(name, type(module).__name__) for name, module in model.named_modules()]
+
+
+def journal_of(model: nn.Module) -> Journal | None:
+    """The journal of an optimized model, None for a plain one."""
+    journal = vars(model).get(JOURNAL)
+    return journal if isinstance(journal, Journal) else None

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whether a model may run in channels_last inside, and the hook that gives its caller the usual format back."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from .trace import AttributeCall, ForwardTrace
+
+# What raises or answers differently for other strides.
+_STRIDE_METHODS = frozenset(
+    """view view_as as_strided as_strided_ stride storage untyped_storage storage_offset data_ptr is_contiguous
+    numpy tolist unsafe_chunk set_ resize_ resize_as_ __array__ to_dlpack __dlpack__ is_set_to unfold data""".split()
+)
+_LAYER_MODULES = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in """conv batchnorm pooling dropout padding upsampling pixelshuffle flatten linear normalization
+    instancenorm channelshuffle container""".split()
+)
+_OPERATORS = frozenset(value for value in vars(operator).values() if callable(value))
+
+
+def why_not_channels_last(
+    model: nn.Module, traces: list[ForwardTrace], untraceable: dict[str, str]
+) -> str:
+    """What in the model may depend on strides; empty if nothing does."""
+    for name, reason in untraceable.items():
+        return f"the forward of {name or type(model).__name__} cannot be read: {reason}"
+    traced = {id(trace.owner) for trace in traces}
+    for trace in traces:
+        for node in trace.graph.nodes:
+            reason = _why_stride_dependent(trace, node, traced)
+            if reason:
+                return f"{trace.name or type(model).__name__} uses {reason}"
+    return ""
+
+
+def _why_stride_dependent(trace: ForwardTrace, node: fx.Node, traced: set[int]) -> str:
+    if node.op == "call_module":
+        module = trace.module_of(node)
+        known = id(module) in traced or type(module).__module__ in _LAYER_MODULES
+        known = known or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
+        known = known or (
+            type(module).__module__ == "torch.nn.modules.activation"
+            and not isinstance(module, nn.MultiheadAttention)
+        )
+        return "" if known else f"{type(module).__name__}, which is not known to take any strides"
+    if node.op == "call_method":
+        return f"Tensor.{node.target}" if node.target in _STRIDE_METHODS else ""
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, AttributeCall) or target in _OPERATORS:
+        return ""
+    name = getattr(target, "__name__", str(target))
+    if target is builtins.getattr:
+        attribute = node.args[1] if len(node.args) > 1 else ""
+        return f"Tensor.{attribute}" if attribute in _STRIDE_METHODS else ""
+    home = getattr(target, "__module__", None) or ""
+    if (
+        getattr(F, name, None) is target
+        or getattr(torch, name, None) is target
+        or home.startswith("torch.")
+    ):
+        return f"torch.{name}" if name in _STRIDE_METHODS else ""
+    return (
+        ""
+        if home in ("builtins", "math")
+        else f"{home}.{name}, which is not known to take any strides"
+    )
+
+
+def contiguous_outputs(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook: 4-d results are contiguous again when every 4-d input was.
+
+    So `model(x).view(...)` works as it did before the model ran in channels_last.
+    """
+    inputs = [value for value in pytree.tree_leaves((args, kwargs)) if _is_image(value)]
+    if any(not value.is_contiguous() for value in inputs):
+        return output
+    return pytree.tree_map(_contiguous, output)
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if _is_image(value) else value
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`optimize` and `restore`: put the fused modules into a model, and take them out again."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..backends import BACKENDS
+from .activation import NONE
+from .eligible import JOURNAL
+from .find import Analysis, ConvPlan, Pair, analyse
+from .forward import RewrittenForward, rewrite
+from .hidden import Key
+from .journal import Journal, journal_of, layers_of
+from .layout import why_not_channels_last
+from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d, fold, fused_module
+from .report import SwapError, SwapReport
+from .rows import report_rows
+from .trace import UntraceableError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_MODES = ("train", "inference")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_FORMATS = {
+    "auto": "auto",
+    torch.channels_last: "channels_last",
+    "channels_last": "channels_last",
+    torch.preserve_format: "preserve_format",
+    "preserve_format": "preserve_format",
+}
+
+
+def optimize(
+    model: ModelT,
+    *,
+    mode: str = "train",
+    backend: str = "auto",
+    strict: bool = False,
+    memory_format: str | torch.memory_format = "auto",
+) -> tuple[ModelT, SwapReport]:
+    """Replace the convolutions of a model, and the activations behind them, by fused modules, in place.
+
+    Every `nn.Conv2d` becomes a `Conv2dAct`, every `nn.ConvTranspose2d` a `ConvTranspose2dAct`, which hold the very
+    same Parameter objects under the same names: state_dict, optimizers made before and checkpoints stay valid. A ReLU
+    or leaky ReLU that follows (as a module, a function held in an attribute, or a function called in `forward`)
+    moves into the convolution; a convolution followed by anything else gets its bias fused. What may change results
+    is left alone, and the report says why. Calling it again with the same arguments changes nothing.
+
+    The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and `torch.compile` work
+    afterwards. Call `restore` before changing the model's structure, and before hooking the inside of a layer.
+    Calls that code outside the model makes to its inner modules see a convolution with its activation.
+
+    Args:
+        model: any module; DataParallel and DistributedDataParallel are looked through.
+        mode: "train", or "inference" for a model in eval mode, which also folds each BatchNorm2d into the convolution
+            before it. The parameters stay as they were; folded copies lie beside them, outside the state_dict, and
+            are folded again when a checkpoint is loaded. Training then raises until `restore`.
+        backend: of the fused modules, see `conv2d_act`.
+        strict: raise if anything is left alone; the model is then as it was.
+        memory_format: "auto" converts the weights to channels_last, in place, if nothing in the model depends on
+            strides; layers then pass channels_last on without conversions, and a forward hook makes 4-d results
+            contiguous if the inputs were. torch.channels_last and torch.preserve_format decide it by hand.
+
+    Returns:
+        The model itself and a `SwapReport`.
+
+    Raises:
+        TypeError: for something that is no plain module (a compiled or scripted one).
+        ValueError: for an unknown option, or mode="inference" with a model in training mode.
+        SwapError: with strict=True, when a candidate was left alone.
+    """
+    options = _checked_options(model, mode, backend, memory_format)
+    inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
+    journal = journal_of(inner)
+    if journal is not None and journal.options == options and journal.layers == layers_of(inner):
+        if strict and journal.report.skipped:
+            report = journal.report
+            restore(inner)
+            raise SwapError(report)
+        return model, journal.report
+    restore(inner)
+    if mode == "inference" and inner.training:
+        raise ValueError(
+            'segpose_kernels.optimize: mode="inference" needs a model in eval mode: call model.eval() first'
+        )
+    journal = Journal(inner, SwapReport(mode=mode, backend=backend), options)
+    analysis = analyse(inner, mode)
+    forwards, refusals = _rewritten_forwards(analysis, wrapped=isinstance(model, nn.DataParallel))
+    try:
+        _apply(analysis, forwards, journal, backend)
+        _choose_format(analysis, journal, options["memory_format"])
+        journal.report.rows = report_rows(analysis, refusals, backend)
+    except BaseException:
+        journal.undo()
+        raise
+    if strict and journal.report.skipped:
+        journal.undo()
+        raise SwapError(journal.report)
+    journal.layers = layers_of(inner)
+    vars(inner)[JOURNAL] = journal
+    return model, journal.report
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undo `optimize`: modules, attributes, forwards, hooks and memory formats are what they were.
+
+    Parameters keep their present values. A plain model is returned as it is.
+    """
+    for module in list(model.modules()):
+        journal = journal_of(module)
+        if journal is not None:
+            journal.undo()
+    return model
+
+
+def _checked_options(
+    model: Any, mode: str, backend: str, memory_format: str | torch.memory_format
+) -> dict[str, str]:
+    name = "segpose_kernels.optimize"
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError(
+            f"{name}: the model is compiled already; optimize the plain model, then call torch.compile on it"
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise TypeError(f"{name}: the model is scripted; optimize the nn.Module it was made from")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be an nn.Module, got {type(model).__name__}")
+    if mode not in _MODES:
+        raise ValueError(f"{name}: mode must be one of {_MODES}, got {mode!r}")
+    backends = ("auto", *(known.name for known in BACKENDS))
+    if backend not in backends:
+        raise ValueError(f"{name}: backend must be one of {backends}, got {backend!r}")
+    if memory_format not in _FORMATS:
+        raise ValueError(
+            f"{name}: memory_format must be 'auto', torch.channels_last or torch.preserve_format, "
+            f"got {memory_format!r}"
+        )
+    return {"mode": mode, "backend": backend, "memory_format": _FORMATS[memory_format]}
+
+
+def _rewritten_forwards(
+    analysis: Analysis, *, wrapped: bool
+) -> tuple[dict[int, RewrittenForward], dict[int, str]]:
+    """Forwards for the owners of pairs that modules alone cannot fuse; the second table says why not."""
+    by_owner: dict[int, list[Pair]] = {}
+    for pair in analysis.pairs:
+        if pair.unsafe and not pair.broken:
+            by_owner.setdefault(id(pair.trace.owner), []).append(pair)
+    forwards: dict[int, RewrittenForward] = {}
+    refusals: dict[int, str] = {}
+    for identity, pairs in by_owner.items():
+        try:
+            if wrapped:
+                raise UntraceableError(
+                    "DataParallel copies modules, and a forward set on one would not follow"
+                )
+            forwards[identity] = rewrite(pairs)
+        except UntraceableError as error:
+            refusals[identity] = str(error)
+        else:
+            for pair in pairs:
+                pair.rewritten = True
+    return forwards, refusals
+
+
+def _apply(
+    analysis: Analysis, forwards: dict[int, RewrittenForward], journal: Journal, backend: str
+) -> None:
+    for plan in analysis.convs.values():
+        if plan.left_alone:
+            continue
+        folded = plan.batch_norm is not None
+        new = fused_module(plan.module, plan.activation, backend, folded=folded)
+        if isinstance(plan.batch_norm, nn.BatchNorm2d):
+            fold(new, plan.batch_norm)
+            passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)
+            # Shares the tables of parameters and statistics, so both follow a conversion or a loaded checkpoint.
+            vars(passing).update(vars(plan.batch_norm))
+            _replace_everywhere(analysis, plan.batch_norm, passing, journal)
+            journal.folds.append((new, passing))
+        _replace_everywhere(analysis, plan.module, new, journal)
+    if journal.folds:
+        journal.hook_loading()
+    modules = {id(module): module for module in analysis.model.modules()}
+    owners = {id(trace.owner): trace.owner for trace in analysis.traces}
+    by_key = _absorbing(analysis)
+    for key, plans in by_key.items():
+        inside = ", ".join(plan.names[0] for plan in plans)
+        if key[0] == "module":
+            old = modules[key[1]]
+            passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
+            passing_on.training = old.training
+            _replace_everywhere(analysis, old, passing_on, journal)
+        else:
+            owner = owners[key[1]]
+            text = f"{plans[0].activation} inside {inside}"
+            journal.replace_attribute(owner, key[2], AbsorbedCall(text))
+    for identity, forward in forwards.items():
+        journal.set_forward(owners[identity], forward)
+
+
+def _absorbing(analysis: Analysis) -> dict[Key, list[ConvPlan]]:
+    return {
+        key: [plan for identity, plan in analysis.convs.items() if identity in identities]
+        for key, identities in analysis.absorbed.items()
+    }
+
+
+def _replace_everywhere(
+    analysis: Analysis, old: nn.Module, new: nn.Module, journal: Journal
+) -> None:
+    """In every position of the module tree; a module may have several names."""
+    for parent in list(analysis.model.modules()):
+        for attribute, child in parent._modules.items():
+            if child is old:
+                journal.replace_module(parent, attribute, new)
+
+
+def _choose_format(analysis: Analysis, journal: Journal, memory_format: str) -> None:
+    report = journal.report
+    report.memory_format = memory_format
+    report.memory_format_reason = "as asked"
+    if memory_format == "auto":
+        reason = why_not_channels_last(analysis.model, analysis.traces, analysis.untraceable)
+        report.memory_format = "preserve_format" if reason else "channels_last"
+        report.memory_format_reason = reason or "nothing in the model depends on strides"
+    if report.memory_format != "channels_last":
+        return
+    replaced = [
+        new for _, _, _, new in journal.modules if isinstance(new, (nn.Conv2d, nn.ConvTranspose2d))
+    ]
+    for module in replaced:
+        journal.to_channels_last(module)
+    for conv, norm in journal.folds:
+        fold(conv, norm)
+    if replaced:
+        journal.hook()
+
+
+__all__ = ["NONE", "optimize", "restore"]

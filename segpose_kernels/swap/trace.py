@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One forward at a time as a graph: `torch.fx` with every child module left as one node.
+
+A module whose forward cannot be traced thus costs only its own level. The trace runs on a shallow copy, so that a
+forward which writes attributes leaves no trace of its own in the model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .activation import is_activation_function
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class AttributeCall:
+    """Stands for a callable attribute during a trace, so that the graph tells `self.relu(x)` from `F.leaky_relu(x)`."""
+
+    def __init__(self, attribute: str, function: Callable[..., Any]) -> None:
+        self.attribute = attribute
+        self.function = function
+        self.__name__ = attribute
+        self.__module__ = __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", self, args, kwargs)
+        return self.function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the model's own code a node was made.
+
+    Attributes:
+        frames: (code, line) of each frame of the model's code, innermost first; none for torch's containers.
+        names: for each argument node, the local variables (code, name) that hold it at this moment.
+        holders: for a module call, the local variables that hold the module.
+        modes: grad mode, inference mode and autocast at this moment.
+    """
+
+    frames: tuple[tuple[CodeType, int], ...]
+    names: dict[fx.Node, frozenset[tuple[CodeType, str]]]
+    holders: frozenset[tuple[CodeType, str]]
+    modes: tuple[bool, ...]
+
+
+@dataclass
+class ForwardTrace:
+    """The graph of one module's forward, for one value of `training`.
+
+    Attributes:
+        stashed: nodes that the forward stored on the module, with the attribute.
+        reads: plain-data attributes of the module that the forward read, with their values.
+        opaque_reads: other objects it read, whose content the trace may depend on.
+    """
+
+    owner: nn.Module
+    name: str
+    training: bool
+    graph: fx.Graph
+    sites: dict[fx.Node, Site]
+    called: dict[fx.Node, nn.Module]
+    modes: tuple[bool, ...]
+    stashed: dict[fx.Node, str] = field(default_factory=dict)
+    reads: dict[str, Any] = field(default_factory=dict)
+    opaque_reads: set[str] = field(default_factory=set)
+    constants: bool = False
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module a `call_module` node calls, else None."""
+        return self.called.get(node)
+
+
+class UntraceableError(Exception):
+    """The forward cannot be written as a graph; the message says why."""
+
+
+def trace_forward(owner: nn.Module, name: str, training: bool) -> ForwardTrace:
+    """Trace `owner.forward` alone.
+
+    Raises:
+        UntraceableError: with the first line of what went wrong.
+    """
+    reads: dict[str, Any] = {}
+    opaque: set[str] = set()
+    clone, recorded = _recording_copy(owner, training, reads, opaque)
+    tracer = _OneLevelTracer()
+    before = set(vars(clone))
+    # Random numbers drawn by code that does not depend on the input would move the caller's generator.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            start = _modes()
+            graph = tracer.trace(clone)
+        except Exception as error:  # a model's forward may raise anything when it meets proxies
+            text = str(error).strip() or type(error).__name__
+            raise UntraceableError(f"{type(error).__name__}: {text.splitlines()[0]}") from error
+        finally:
+            recorded.clear()
+    trace = ForwardTrace(
+        owner, name, training, graph, tracer.sites, tracer.called, start, {}, reads, opaque
+    )
+    trace.constants = any(key not in before and "constant" in key for key in vars(clone)) or any(
+        node.op == "get_attr" and "_constant" in str(node.target) for node in graph.nodes
+    )
+    for attribute, value in vars(clone).items():
+        for proxy in _proxies(value):
+            trace.stashed[proxy.node] = attribute
+    return trace
+
+
+class _OneLevelTracer(fx.Tracer):
+    """Every module is a leaf; each node remembers where it was made."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[fx.Node, Site] = {}
+        self.called: dict[fx.Node, nn.Module] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, *args, **kwargs)
+        node = proxy.node
+        if kind == "call_module":
+            self.called[node] = self.root.get_submodule(str(node.target))
+        self.sites[node] = _site(set(node.all_input_nodes), self.called.get(node))
+        return proxy
+
+
+def _site(nodes: set[fx.Node], called: nn.Module | None) -> Site:
+    frames: list[tuple[CodeType, int]] = []
+    names: dict[fx.Node, set[tuple[CodeType, str]]] = {}
+    holders: set[tuple[CodeType, str]] = set()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not trace_forward.__code__:
+        code = frame.f_code
+        if not code.co_filename.startswith((_TORCH, _HERE)):
+            frames.append((code, frame.f_lineno))
+            for name, value in frame.f_locals.items():
+                if called is not None and value is called:
+                    holders.add((code, name))
+                for proxy in _proxies(value):
+                    if proxy.node in nodes:
+                        names.setdefault(proxy.node, set()).add((code, name))
+        frame = frame.f_back
+    bound = {node: frozenset(found) for node, found in names.items()}
+    return Site(tuple(frames), bound, frozenset(holders), _modes())
+
+
+def _proxies(value: Any, depth: int = 2) -> Iterator[fx.Proxy]:
+    if isinstance(value, fx.Proxy):
+        # An attribute proxy such as `x.shape` makes its node on the first access: looking must not add one.
+        if isinstance(vars(value).get("node"), fx.Node):
+            yield value
+    elif depth and isinstance(value, dict):
+        for item in list(value.values()):
+            yield from _proxies(item, depth - 1)
+    elif depth and type(value) in (list, tuple, set):
+        for item in list(value):
+            yield from _proxies(item, depth - 1)
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+def _recording_copy(
+    owner: nn.Module, training: bool, reads: dict[str, Any], opaque: set[str]
+) -> tuple[nn.Module, list[bool]]:
+    """A copy that shares children and tensors, holds its own containers, and notes which attributes are read.
+
+    The second value switches the recording off when it is emptied.
+    """
+    recording = [True]
+    base = type(owner)
+
+    def read(self: Any, attribute: str) -> Any:
+        value = object.__getattribute__(self, attribute)
+        if recording and not attribute.startswith("__") and attribute not in MODULE_STATE:
+            _note(
+                attribute,
+                value,
+                attribute in object.__getattribute__(self, "__dict__"),
+                reads,
+                opaque,
+            )
+        return value
+
+    kind = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+    clone = kind.__new__(kind)
+    state = object.__getattribute__(clone, "__dict__")
+    for key, value in vars(owner).items():
+        if type(value) in (list, dict, set):
+            value = value.copy()
+        elif is_activation_function(value):
+            value = AttributeCall(key, value)
+        state[key] = value
+    state["training"] = training
+    state.pop("forward", None)
+    return clone, recording
+
+
+def _note(
+    attribute: str, value: Any, on_instance: bool, reads: dict[str, Any], opaque: set[str]
+) -> None:
+    if isinstance(value, PLAIN):
+        reads.setdefault(attribute, value)
+    elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
+        reads.setdefault(attribute, value.copy() if isinstance(value, list) else value)
+    elif on_instance and not isinstance(value, (AttributeCall, nn.Module, fx.Proxy)):
+        opaque.add(attribute)
+
+
+# Read by nn.Module itself on every call; `training` has a graph for each of its values.
+MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
