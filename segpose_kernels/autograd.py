@@ -8,7 +8,9 @@ Three ways lead into one operator, by what the call needs:
 - func transforms, vmap and forward-mode AD: `_FusedTransformable`.
 
 While compiling, the operator is called plainly: its autograd formula is registered with it, and the
-forward and the backward operator each stay one node of the graph.
+forward and the backward operator each stay one node of the graph. Such a formula has no forward
+mode, and torch would take the tangent to be zero: `transforms_active` tells the caller to run
+another backend then.
 
 The backward operators take their mask from the saved *output*: with negative_slope > 0 its sign is
 that of the pre-activation, and relu's output is positive exactly where its gradient passes. Without
@@ -31,14 +33,18 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import LIBRARY, NAMESPACE
 
-__all__ = ["NativeOp", "native_ops"]
+__all__ = ["NativeOp", "native_ops", "transforms_active"]
 
 Params = tuple[Any, ...]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
-_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform or a level of forward-mode AD is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,7 @@ class NativeOp:
         y: Tensor
         if torch.compiler.is_compiling():
             y = self.forward(x, w, b, *params)
-        elif _transforms_active() or forward_ad._current_level >= 0:
+        elif transforms_active():
             y = _FusedTransformable.apply(x, w, b, _Call(self, params))
         elif torch.is_grad_enabled() and _any_requires_grad(x, w, b):
             y = _Fused.apply(x, w, b, self, params)
@@ -138,7 +144,7 @@ def _backward(
     w: Tensor,
 ) -> Grads:
     """Gradients by input, weight and bias; differentiable again if a graph is being built."""
-    if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or transforms_active():
         grads = _FusedBackward.apply(grad, y, x, w, _Call(op, params, needs))
     else:
         with _below_autograd():

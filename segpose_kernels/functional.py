@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends, checks
-from .autograd import native_ops
+from .autograd import native_ops, transforms_active
 from .checks import Pair
 from .reference import conv2d_act_reference, conv_transpose2d_act_reference
 
@@ -204,6 +204,8 @@ def _call(
     if torch.compiler.is_compiling():
         # The fake of the operator makes the same checks, without guards from this frame.
         name = backends.select_for_compile(backend, input.device.type, input.dtype)
+        if name != "aten" and transforms_active():
+            name = _backend_for_compiled_transform(backend)
     else:
         operator.check(input, weight, bias, *params)
         name = backends.select(backend, input.device.type, input.dtype)
@@ -213,6 +215,15 @@ def _call(
     else:
         y = run(input, weight, bias, (*params, slope))
     return y.squeeze(0) if unbatched else y
+
+
+def _backend_for_compiled_transform(backend: str) -> str:
+    if backend == "auto":
+        return "aten"
+    raise RuntimeError(
+        f"segpose_kernels: backend {backend!r} cannot run this call: it has no forward-mode AD and "
+        "no torch.func transforms inside torch.compile; use backend='auto' to fall back"
+    )
 
 
 def _fused_slope(op: str, activation: str, negative_slope: float) -> float | None:
