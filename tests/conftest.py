@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Small problems on a busy machine wait for a second thread longer than they compute. What
+    # threads change is compared with one thread, bit by bit, in test_threads.py.
+    torch.set_num_threads(int(os.environ.get("SEGPOSE_TEST_THREADS", "1")))
     for mark in MARKS:
         config.addinivalue_line("markers", mark)
 
