@@ -11,10 +11,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from .find import Pair
@@ -200,12 +200,14 @@ def _source(trace: ForwardTrace, pairs: list[Pair], names: dict[str, str]) -> st
         conv.replace_all_uses_with(fused)
         graph.erase_node(conv)
     for node in list(graph.nodes):
+        node.type = None  # annotations name types that nothing here needs
         if isinstance(node.target, AttributeCall):
             with graph.inserting_before(node):
                 attribute = graph.create_node("get_attr", node.target.attribute)
                 call = graph.call_method("__call__", (attribute, *node.args), dict(node.kwargs))
             node.replace_all_uses_with(call)
             graph.erase_node(node)
+    graph.lint()
     code = graph.python_code("self")
     for name, value in code.globals.items():
         path = _import_path(value)
@@ -220,6 +222,8 @@ def _import_path(value: Any) -> str | None:
         return f"{value.__name__}:"
     if value is None or value is type(None):
         return "builtins:None" if value is None else "types:NoneType"
+    if isinstance(value, float):  # fx offers the two that have no literal
+        return "math:inf" if math.isinf(value) else "math:nan"
     name = getattr(value, "__qualname__", getattr(value, "__name__", None))
     for module in (
         getattr(value, "__module__", None),

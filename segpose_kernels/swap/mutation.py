@@ -23,6 +23,9 @@ _INPLACE_OPERATORS = frozenset(
         operator.ifloordiv,
         operator.imod,
         operator.ipow,
+        operator.iand,
+        operator.ior,
+        operator.ixor,
         operator.setitem,
     }
 )

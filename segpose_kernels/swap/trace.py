@@ -7,6 +7,7 @@ forward which writes attributes leaves no trace of its own in the model.
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -121,6 +122,21 @@ def trace_forward(owner: nn.Module, name: str, training: bool) -> ForwardTrace:
     return trace
 
 
+class _InplaceProxy(fx.Proxy):
+    """Records `y += x` as what it is; fx's own proxy would turn it into `y = y + x`."""
+
+
+def _record_inplace(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_InplaceProxy, f"__{_name}__", _record_inplace(getattr(operator, _name)))
+
+
 class _OneLevelTracer(fx.Tracer):
     """Every module is a leaf; each node remembers where it was made."""
 
@@ -133,6 +149,9 @@ class _OneLevelTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InplaceProxy(node, self)
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, *args, **kwargs)
