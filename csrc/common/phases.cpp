@@ -26,7 +26,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 Phase fprop_phase(const ConvProblem& problem) {
-  Phase phase{0, 0, problem.p, problem.q, 1, 1, problem.stride_h, problem.stride_w, {}};
+  Phase phase{0, 0, problem.p, problem.q, 1, 1, problem.stride_h, problem.stride_w, {}, false};
   for (int64_t r = 0; r < problem.r; ++r) {
     for (int64_t s = 0; s < problem.s; ++s) {
       phase.taps.push_back({r, s, r * problem.dilation_h - problem.pad_h, s * problem.dilation_w - problem.pad_w});
@@ -49,7 +49,8 @@ std::vector<Phase> dgrad_phases(const ConvProblem& problem) {
                   problem.stride_w,
                   1,
                   1,
-                  {}};
+                  {},
+                  false};
       for (const AxisTap& row : rows) {
         for (const AxisTap& col : cols) phase.taps.push_back({row.index, col.index, row.offset, col.offset});
       }

@@ -24,6 +24,7 @@ struct Phase {
   int64_t ostep_h, ostep_w;
   int64_t istep_h, istep_w;
   std::vector<Tap> taps;
+  bool batch_inner = false;  // order in which a plan walks the pixels: see row_table.h
 };
 
 // fprop is a single phase over all output pixels [P, Q] that reads the activation [H, W].

@@ -72,7 +72,6 @@ template <class T>
 struct WgradBuffers {
   T* grad;
   T* activation;
-  T* zeros;
   T* partials;
   char* scratch;
 
@@ -81,7 +80,6 @@ struct WgradBuffers {
     activation = activation_is_staged<T>(pass)
                      ? arena.take<T>(elements(pass.activation) + wgrad_reads_past<T>(*pass.plan))
                      : nullptr;
-    zeros = arena.take<T>(pass.activation.c);
     partials = arena.take<T>(wgrad_partials<T>(*pass.plan));
     scratch = arena.take<char>(workers * wgrad_scratch<T>(*pass.plan));
   }
@@ -93,8 +91,7 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   Arena arena(workspace);
   const WgradBuffers<T> buffers(pass, executor.workers, arena);
-  WgradLaunch<T> launch{&plan,           pass.grad,       pass.activation, buffers.zeros,
-                        buffers.partials, buffers.scratch, pass.destination};
+  WgradLaunch<T> launch{&plan, pass.grad, pass.activation, buffers.partials, buffers.scratch, pass.destination};
   if (buffers.grad != nullptr) {
     stage(kernels, pass.grad, buffers.grad, executor);
     launch.grad = staged_view(pass.grad, buffers.grad);
@@ -104,7 +101,6 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
     std::fill_n(buffers.activation + elements(pass.activation), wgrad_reads_past<T>(plan), T{0});
     launch.activation = staged_view(pass.activation, buffers.activation);
   }
-  std::fill_n(buffers.zeros, pass.activation.c, T{0});
   launch_wgrad(launch, executor);
 }
 

@@ -41,6 +41,7 @@ struct Plan {
   int64_t block_m;            // destination pixels (wgrad: reduced pixels) a task keeps in cache
   int64_t k_chunk;            // gemm_k steps between visits to the partial sums
   int64_t panels_per_task;    // fprop and dgrad
+  bool phases_together;       // fprop and dgrad: the phases of a block run one after the other
   int64_t k_block;            // wgrad: filters a task owns
   int64_t splits;             // wgrad: pieces of the pixel reduction, added in order afterwards
   double flops;

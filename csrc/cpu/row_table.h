@@ -14,36 +14,24 @@ struct RowTable {
   int64_t* offsets;  // [step] element offsets of the destination pixels
 };
 
-// Fills rows [0, step) for the destination pixels first .. first + count - 1 of the phase, counted over (n, row, col).
-// Taps outside the source and rows past `count` point to `zeros`.
-template <class T>
-void fill_row_table(const Phase& phase, const TensorView& source, const TensorView& destination, const T* zeros,
-                    int64_t first, int64_t count, const RowTable<T>& table) {
+// Calls fn(first row of the run, length, n, row, col) for every run of pixels of one image row, for the destination pixels
+// first .. first + count - 1 of the phase. Pixels count over (n, row, col), or with `batch_inner` over (row, col, n): small
+// maps put the images side by side, so that the rows of a tile share their taps.
+template <class Fn>
+void for_each_run(const Phase& phase, int64_t batch, int64_t first, int64_t count, const Fn& fn) {
+  if (phase.batch_inner) {
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t pixel = (first + m) / batch;
+      fn(m, int64_t{1}, (first + m) % batch, pixel / phase.cols, pixel % phase.cols);
+    }
+    return;
+  }
   int64_t col = first % phase.cols;
   int64_t row = first / phase.cols % phase.rows;
   int64_t n = first / (phase.cols * phase.rows);
-  const int64_t taps = static_cast<int64_t>(phase.taps.size());
-  const T* data = source.as<T>();
   for (int64_t m = 0; m < count;) {
-    // A run of pixels of one image row.
     const int64_t run = phase.cols - col < count - m ? phase.cols - col : count - m;
-    const int64_t start =
-        destination.offset(n, phase.oh + row * phase.ostep_h, phase.ow + col * phase.ostep_w);
-    for (int64_t i = 0; i < run; ++i) table.offsets[m + i] = start + i * phase.ostep_w * destination.stride_w;
-    for (int64_t t = 0; t < taps; ++t) {
-      const T** out = table.sources + t * table.step + m;
-      const int64_t ih = row * phase.istep_h + phase.taps[static_cast<size_t>(t)].off_h;
-      if (ih < 0 || ih >= source.h) {
-        for (int64_t i = 0; i < run; ++i) out[i] = zeros;
-        continue;
-      }
-      const T* line = data + source.offset(n, ih, 0);
-      const int64_t iw = col * phase.istep_w + phase.taps[static_cast<size_t>(t)].off_w;
-      for (int64_t i = 0; i < run; ++i) {
-        const int64_t w = iw + i * phase.istep_w;
-        out[i] = w >= 0 && w < source.w ? line + w * source.stride_w : zeros;
-      }
-    }
+    fn(m, run, n, row, col);
     m += run;
     col = 0;
     if (++row == phase.rows) {
@@ -51,10 +39,75 @@ void fill_row_table(const Phase& phase, const TensorView& source, const TensorVi
       ++n;
     }
   }
+}
+
+// The destination pixels' element offsets.
+template <class T>
+void fill_offsets(const Phase& phase, const TensorView& destination, int64_t first, int64_t count,
+                  const RowTable<T>& table) {
+  for_each_run(phase, destination.n, first, count, [&](int64_t m, int64_t run, int64_t n, int64_t row, int64_t col) {
+    const int64_t start = destination.offset(n, phase.oh + row * phase.ostep_h, phase.ow + col * phase.ostep_w);
+    for (int64_t i = 0; i < run; ++i) table.offsets[m + i] = start + i * phase.ostep_w * destination.stride_w;
+  });
+  for (int64_t m = count; m < table.step; ++m) table.offsets[m] = 0;
+}
+
+// Fills rows [0, step) for the destination pixels first .. first + count - 1 of the phase. Taps outside the source and
+// rows past `count` point to `zeros`.
+template <class T>
+void fill_row_table(const Phase& phase, const TensorView& source, const TensorView& destination, const T* zeros,
+                    int64_t first, int64_t count, const RowTable<T>& table) {
+  fill_offsets(phase, destination, first, count, table);
+  const int64_t taps = static_cast<int64_t>(phase.taps.size());
+  const T* data = source.as<T>();
+  for_each_run(phase, source.n, first, count, [&](int64_t m, int64_t run, int64_t n, int64_t row, int64_t col) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const Tap& tap = phase.taps[static_cast<size_t>(t)];
+      const T** out = table.sources + t * table.step + m;
+      const int64_t ih = row * phase.istep_h + tap.off_h;
+      if (ih < 0 || ih >= source.h) {
+        for (int64_t i = 0; i < run; ++i) out[i] = zeros;
+        continue;
+      }
+      const T* line = data + source.offset(n, ih, 0);
+      const int64_t iw = col * phase.istep_w + tap.off_w;
+      for (int64_t i = 0; i < run; ++i) {
+        const int64_t w = iw + i * phase.istep_w;
+        out[i] = w >= 0 && w < source.w ? line + w * source.stride_w : zeros;
+      }
+    }
+  });
   for (int64_t m = count; m < table.step; ++m) {
-    table.offsets[m] = 0;
     for (int64_t t = 0; t < taps; ++t) table.sources[t * table.step + m] = zeros;
   }
+}
+
+// Copies the taps of every pixel together: rows of taps * channels values, `row_step` apart, zeros for padding. `offset` is
+// the first channel.
+template <class T>
+void gather_rows(const Phase& phase, const TensorView& source, int64_t offset, int64_t channels, int64_t first,
+                 int64_t count, int64_t row_step, T* rows) {
+  const int64_t taps = static_cast<int64_t>(phase.taps.size());
+  const T* data = source.as<T>() + offset;
+  for_each_run(phase, source.n, first, count, [&](int64_t m, int64_t run, int64_t n, int64_t row, int64_t col) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const Tap& tap = phase.taps[static_cast<size_t>(t)];
+      T* out = rows + m * row_step + t * channels;
+      const int64_t ih = row * phase.istep_h + tap.off_h;
+      const bool inside_h = ih >= 0 && ih < source.h;
+      const T* line = data + (inside_h ? source.offset(n, ih, 0) : 0);
+      const int64_t iw = col * phase.istep_w + tap.off_w;
+      for (int64_t i = 0; i < run; ++i, out += row_step) {
+        const int64_t w = iw + i * phase.istep_w;
+        if (inside_h && w >= 0 && w < source.w) {
+          const T* pixel = line + w * source.stride_w;
+          for (int64_t c = 0; c < channels; ++c) out[c] = pixel[c];
+        } else {
+          for (int64_t c = 0; c < channels; ++c) out[c] = T{0};
+        }
+      }
+    }
+  });
 }
 
 }  // namespace segpose

@@ -10,15 +10,17 @@
 
 namespace segpose {
 
-// C[mr][nr] = sum over taps and depth of A[tap][row][depth] * B[tap][depth][nr], then the epilogue.
+// C[mr][nr] = sum over the listed taps and depth of A[tap][row][depth] * B[tap][depth][nr], then the epilogue.
 template <class T>
 struct GemmArgs {
-  const T* const* a;  // [taps][mr] pointers to rows of `depth` values
+  const int32_t* taps;  // [count] which taps
+  int64_t count;
+  const T* const* a;  // [tap][mr] pointers to rows of `depth` values
   int64_t a_step;     // pointers from one tap to the next
   int64_t a_offset;   // elements added to every pointer of `a`
-  int64_t taps;
   int64_t depth;
-  const T* b;           // [taps][depth][nr] packed
+  const T* b;            // [tap][depth][nr] packed
+  int64_t b_step;        // elements from one tap to the next
   const T* partial_in;  // [mr][nr] sums of earlier chunks, or null
   T* partial_out;       // [mr][nr] where sums go while chunks remain, or null for the epilogue
   T* const* out;        // [mr] destination rows

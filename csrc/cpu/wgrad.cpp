@@ -82,18 +82,11 @@ int64_t fill_segments(const WgradLaunch<T>& launch, const Tap& tap, int64_t begi
 template <class T>
 struct Scratch {
   Segment<T>* segments;  // [block_m]
-  RowTable<T> rows;      // gathered only
-  T* gathered;           // [block_m][padded columns]
+  T* gathered;           // [block_m][padded columns]: all taps of a pixel side by side
 
   Scratch(const Plan& plan, Arena& arena) {
     segments = arena.take<Segment<T>>(plan.block_m);
-    rows = {nullptr, plan.block_m, nullptr};
-    gathered = nullptr;
-    if (is_gathered(plan)) {
-      rows.sources = arena.take<const T*>(plan.problem.taps() * plan.block_m);
-      rows.offsets = arena.take<int64_t>(plan.block_m);
-      gathered = arena.take<T>(plan.block_m * plan.padded_columns());
-    }
+    gathered = is_gathered(plan) ? arena.take<T>(plan.block_m * plan.padded_columns()) : nullptr;
   }
 };
 
@@ -117,24 +110,6 @@ void accumulate_tiles(const Plan& plan, const Ukernels<T>& kernels, WgradArgs<T>
   }
 }
 
-// All taps of a block's pixels side by side, zero where a tap falls outside and in the padding columns.
-template <class T>
-void gather_block(const WgradLaunch<T>& launch, int64_t group, int64_t begin, int64_t count, const Scratch<T>& scratch) {
-  const Plan& plan = *launch.plan;
-  const int64_t channels = plan.problem.c_per_group();
-  const int64_t taps = plan.problem.taps();
-  const int64_t padded = plan.padded_columns();
-  fill_row_table(plan.phases.front(), launch.activation, launch.grad, launch.zeros, begin, count, scratch.rows);
-  for (int64_t m = 0; m < count; ++m) {
-    T* row = scratch.gathered + m * padded;
-    for (int64_t t = 0; t < taps; ++t) {
-      const T* source = scratch.rows.sources[t * scratch.rows.step + m] + group * channels;
-      for (int64_t c = 0; c < channels; ++c) row[t * channels + c] = source[c];
-    }
-    std::fill(row + taps * channels, row + padded, T{0});
-  }
-}
-
 // One task: the filters [first, first + count) of one group and unit, over one split of the pixels.
 template <class T>
 void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t group, int64_t unit, int64_t first,
@@ -153,7 +128,12 @@ void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t
     const int64_t end = std::min(begin + plan.block_m, range.end);
     if (is_gathered(plan)) {
       // The reduced pixels are rows of `gathered`; those of the gradient follow each other within an image row.
-      gather_block(launch, group, begin, end - begin, scratch);
+      const int64_t columns = problem.taps() * problem.c_per_group();
+      gather_rows(plan.phases.front(), launch.activation, group * problem.c_per_group(), problem.c_per_group(), begin,
+                  end - begin, layout.padded, scratch.gathered);
+      for (int64_t m = 0; m < end - begin; ++m) {
+        std::fill(scratch.gathered + m * layout.padded + columns, scratch.gathered + (m + 1) * layout.padded, T{0});
+      }
       args.count = 0;
       for (int64_t pixel = begin; pixel < end;) {
         const int64_t q = pixel % problem.q;

@@ -14,7 +14,6 @@ struct WgradLaunch {
   const Plan* plan;
   TensorView grad;        // y-shaped side [N, P, Q, K], channel rows in the compute type
   TensorView activation;  // x-shaped side [N, H, W, C], likewise; see wgrad_reads_past
-  const T* zeros;         // c values: what padding reads
   T* partials;            // wgrad_partials elements
   char* scratch;          // workers * wgrad_scratch bytes
   FilterView destination;
