@@ -74,7 +74,7 @@ class UNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's block: BatchNorm between, one ReLU used behind a BatchNorm and behind an addition."""
+    """ResNet's block: one ReLU used behind a BatchNorm and behind an addition."""
 
     def __init__(self, c: int, downsample: nn.Module | None = None) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class DataDependent(nn.Module):
 
 
 class Slicing(nn.Module):
-    """An unreadable forward that takes a Sequential apart between a convolution and its activation."""
+    """A forward that takes a Sequential apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +320,9 @@ class Stash(nn.Module):
 
 
 class HeldInList(nn.Module):
-    """Plain list beside the registered modules: a replacement in the module tree would not reach it."""
+    """Plain list beside the registered modules: a replacement in the module tree would not reach
+    it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

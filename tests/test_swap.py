@@ -39,13 +39,16 @@ def tree_of(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def run(model: nn.Module, x: Tensor, seed: int = 7) -> dict[str, Tensor]:
-    """Outputs, all gradients and new statistics of one step, which leaves the statistics as they were."""
+    """Outputs, gradients and new statistics of one step; the statistics stay as they were."""
     torch.manual_seed(seed)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     x = x.clone().requires_grad_()
     model.zero_grad()
     outputs = [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-    loss = sum((output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum() for output in outputs)
+    loss = sum(
+        (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
+        for output in outputs
+    )
     values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if loss.requires_grad:
         loss.backward()
@@ -66,12 +69,18 @@ def assert_same(plain: nn.Module, swapped: nn.Module, x: Tensor) -> None:
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             torch.testing.assert_close(
-                found[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+                found[name],
+                value,
+                rtol=TOLERANCE,
+                atol=TOLERANCE,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
 
 def swap_and_check(model: nn.Module, shape: tuple[int, ...] = IMAGE, **options: Any) -> SwapReport:
-    """Swap, compare with a plain copy in both modes, and check that `restore` brings everything back."""
+    """Swap, compare with a plain copy in both modes, and check that `restore` brings everything
+    back.
+    """
     model = model.double()
     plain = copy.deepcopy(model)
     x = torch.randn(shape, dtype=torch.float64)
@@ -150,8 +159,12 @@ FUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], dict[str, str]]
 ]
 
 
-@pytest.mark.parametrize(("build", "shape", "expected"), [f[1:] for f in FUSED], ids=[f[0] for f in FUSED])
-def test_everything_is_fused(build: Callable[[], nn.Module], shape: tuple[int, ...], expected: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("build", "shape", "expected"), [f[1:] for f in FUSED], ids=[f[0] for f in FUSED]
+)
+def test_everything_is_fused(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], expected: dict[str, str]
+) -> None:
     report = swap_and_check(build(), shape)
     assert activations(report) == expected
     assert report.skipped == []
@@ -169,8 +182,12 @@ SEPARATE: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "shape", "reason"), [s[1:] for s in SEPARATE], ids=[s[0] for s in SEPARATE])
-def test_activation_stays_separate(build: Callable[[], nn.Module], shape: tuple[int, ...], reason: str) -> None:
+@pytest.mark.parametrize(
+    ("build", "shape", "reason"), [s[1:] for s in SEPARATE], ids=[s[0] for s in SEPARATE]
+)
+def test_activation_stays_separate(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], reason: str
+) -> None:
     report = swap_and_check(build(), shape)
     assert any(reason in row.reason for row in report.skipped), report
 
@@ -196,7 +213,11 @@ def test_value_kept_for_others_stays() -> None:
 def test_flags_keep_their_meaning() -> None:
     """Flags that the trace saw in one position only may be turned afterwards."""
     x = torch.randn(IMAGE, dtype=torch.float64)
-    for build, flag in ((zoo.Flagged, "use_act"), (zoo.EarlyExit, "logits"), (zoo.SafeFlag, "pool")):
+    for build, flag in (
+        (zoo.Flagged, "use_act"),
+        (zoo.EarlyExit, "logits"),
+        (zoo.SafeFlag, "pool"),
+    ):
         model = build().double()
         plain = copy.deepcopy(model)
         optimize(model)
@@ -326,7 +347,11 @@ def odd_convolutions() -> list[tuple[str, nn.Module, str]]:
         ("subclass", Subclass(3, 4, 3), "subclass"),
         ("forward hook", hooked, "hooks"),
         ("backward hook", backward, "hooks"),
-        ("parametrization", nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "parametrization"),
+        (
+            "parametrization",
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+            "parametrization",
+        ),
         ("spectral norm", nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), "by a hook"),
         ("pruning", pruned, "by a hook"),
         ("qconfig", quantized, "qconfig"),
@@ -337,7 +362,9 @@ def odd_convolutions() -> list[tuple[str, nn.Module, str]]:
     ]
 
 
-@pytest.mark.parametrize(("conv", "reason"), [c[1:] for c in odd_convolutions()], ids=[c[0] for c in odd_convolutions()])
+@pytest.mark.parametrize(
+    ("conv", "reason"), [c[1:] for c in odd_convolutions()], ids=[c[0] for c in odd_convolutions()]
+)
 def test_odd_convolutions_are_left_alone(conv: nn.Module, reason: str) -> None:
     relu = nn.ReLU()
     model = nn.Sequential(conv, relu)
@@ -430,7 +457,9 @@ def test_same_convolution_with_and_without_activation() -> None:
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [(1, 2), "same"])
 def test_padding_modes(padding_mode: str, padding: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, (3, 5), padding=padding, padding_mode=padding_mode), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, (3, 5), padding=padding, padding_mode=padding_mode), nn.ReLU()
+    )
     assert activations(swap_and_check(model)) == {"0": "relu"}
 
 
@@ -469,7 +498,9 @@ def test_inference_folds_batch_norm() -> None:
 def test_folding_follows_a_loaded_checkpoint(groups: int, bias: bool) -> None:
     def build() -> nn.Sequential:
         model = nn.Sequential(
-            nn.ConvTranspose2d(4, 6, 3, 2, groups=groups, bias=bias), nn.BatchNorm2d(6), nn.LeakyReLU(0.1)
+            nn.ConvTranspose2d(4, 6, 3, 2, groups=groups, bias=bias),
+            nn.BatchNorm2d(6),
+            nn.LeakyReLU(0.1),
         ).double()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -604,7 +635,9 @@ def test_memory_format_stays_where_strides_matter() -> None:
     assert optimize(zoo.DataDependent())[1].memory_format == "preserve_format"
     asked = optimize(zoo.PoseMachine(), memory_format=torch.preserve_format)[1]
     assert asked.memory_format == "preserve_format"
-    assert "channels_last" in str(optimize(zoo.DataDependent(), memory_format=torch.channels_last)[1])
+    assert "channels_last" in str(
+        optimize(zoo.DataDependent(), memory_format=torch.channels_last)[1]
+    )
 
 
 def test_wrappers() -> None:
@@ -625,8 +658,8 @@ def test_models_that_cannot_be_changed() -> None:
         scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 3, 3)), torch.randn(IMAGE))
     with pytest.raises(TypeError, match="scripted"):
         optimize(scripted)
-    with pytest.raises(TypeError, match="must be an nn.Module"):
-        optimize(F.relu)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
+        optimize(F.relu)
 
 
 def test_options_are_checked() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Putting the fused kernels into a model that is already there, and looking at what they do in it.
+"""Putting the fused kernels into a model that is already there, and looking at them in it.
 
-`find` analyses (with `trace`, `source`, `hidden` and `links`), `optimize` changes the model, `journal` holds what
-`restore` needs, `explain` and `validate` look at the result.
+`find` analyses (with `trace`, `source`, `hidden` and `links`), `optimize` changes the model,
+`journal` holds what `restore` needs, `explain` and `validate` look at the result.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ RELU = Activation("relu")
 class ActivationCall:
     """One activation as the model writes it.
 
-    `spec` is None when the kernels cannot take it over, and `reason` says why. `inplace` matters to autograd: an
-    in-place leaky ReLU saves its output, like the fused op, the other kind its input.
+    `spec` is None when the kernels cannot take it over, and `reason` says why. `inplace` matters to
+    autograd: an in-place leaky ReLU saves its output, like the fused op, the other kind its input.
     """
 
     label: str
@@ -97,7 +97,7 @@ def of_function(
 
 
 def is_activation_function(value: Any) -> bool:
-    """Whether an attribute's value is an activation function the kernels know, or a `partial` of one."""
+    """Whether a value is an activation function the kernels know, or a `partial` of one."""
     while isinstance(value, functools.partial):
         value = value.func
     return callable(value) and _hashable(value) and value in (RELU_FUNCTIONS | LEAKY_FUNCTIONS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which convolutions may be replaced at all: those that do exactly what `nn.Conv2d` / `nn.ConvTranspose2d` does."""
+"""Which convolutions may be replaced: those that do what torch's own classes do and no more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from ..nn import Conv2dAct, ConvTranspose2dAct
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Where an optimized model keeps what `restore` needs.
 JOURNAL = "_segpose_swap"
+Conv = nn.Conv2d | nn.ConvTranspose2d
+Fused = Conv2dAct | ConvTranspose2dAct
 FUSED_TYPES = (Conv2dAct, ConvTranspose2dAct)
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,7 +32,7 @@ _STATE_HOOKS = (
 )
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[Conv]:
     """Whether the module is a candidate: any 2-d convolution, fused ones included."""
     return isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
 
@@ -59,7 +61,8 @@ def why_not_eligible(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         return "has a parametrization"
     if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):
-        return f"{kind} is a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'ConvTranspose2d'}"
+        base = "Conv2d" if isinstance(module, nn.Conv2d) else "ConvTranspose2d"
+        return f"{kind} is a subclass of {base}"
     if getattr(module, "qconfig", None) is not None:
         return "has a quantization qconfig"
     parameters = module._parameters
@@ -82,14 +85,15 @@ def _why_not_tensors(weight: Any, bias: Any) -> str:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return f"its {name} has layout {tensor.layout}"
         if tensor.dtype not in DTYPES:
-            return f"its {name} is {str(tensor.dtype).removeprefix('torch.')}, for which there is no kernel"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"its {name} is {dtype}, for which there is no kernel"
     if bias is not None and (bias.dtype != weight.dtype or bias.device != weight.device):
         return "its bias differs from its weight in dtype or device"
     return ""
 
 
 def modules_held_outside(model: nn.Module) -> dict[int, str]:
-    """Modules that a plain attribute, list, dict or bound method also refers to, by id, with the place.
+    """Modules that a plain attribute, list, dict or bound method also holds: id and place.
 
     Code that reaches a module that way would still call the old one after a replacement.
     """
@@ -107,7 +111,7 @@ def modules_held_outside(model: nn.Module) -> dict[int, str]:
 
 
 def _reachable(value: Any, depth: int) -> Iterator[nn.Module]:
-    """Modules one can get from a plain value; what a module found holds is reached through it and stays live."""
+    """Modules one can get from a plain value; what a found module holds stays live."""
     if isinstance(value, nn.Module):
         yield value
         return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import backends
+from .eligible import FUSED_TYPES
 from .record import LayerCall, record_calls, rewritten_activations
 from .report import format_table
 
@@ -72,14 +74,16 @@ class Explanation:
             )
             for layer in self.layers
         ]
-        return f"{format_table(header, cells)}\n{self.flops / 1e9:.3f} GFLOP in {len(self)} convolutions"
+        total = f"{self.flops / 1e9:.3f} GFLOP in {len(self)} convolutions"
+        return f"{format_table(header, cells)}\n{total}"
 
 
 def explain(model: nn.Module, x: Any, *, show: bool = True) -> Explanation:
     """Run the model once and say, for each convolution, which backend and plan its forward uses.
 
-    `x` is the model's input; a tuple or list is passed as positional arguments, a mapping as keywords. Without
-    gradients, and the state of BatchNorm and of the random number generator is kept. `show` prints the table.
+    `x` is the model's input; a tuple or list is passed as positional arguments, a mapping as
+    keywords. Without gradients, and the state of BatchNorm and of the random number generator is
+    kept. `show` prints the table.
     """
     extra = rewritten_activations(model)
     explanation = Explanation([_layer_plan(call, extra) for call in record_calls(model, x)])
@@ -101,7 +105,7 @@ def _layer_plan(call: LayerCall, extra: dict[str, str]) -> LayerPlan:
     elements += conv.bias.numel() if conv.bias is not None else 0
     backend, algorithm = "torch", "not fused: torch's own operator"
     activation = ""
-    if call.fused:
+    if isinstance(conv, FUSED_TYPES):
         backend = backends.select(conv.backend, output.device.type, output.dtype)
         activation = conv.activation
         if activation == "leaky_relu":
@@ -146,7 +150,8 @@ def _problem_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int,
 def _plan_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> str:
     """The CPU kernels' plan of this forward, in its own words."""
     try:
-        from .. import _plan  # compiled, and optional like the kernels it describes
+        # Compiled, and optional like the kernels it describes.
+        _plan = importlib.import_module("segpose_kernels._plan")
     except ImportError as error:
         return f"plan unknown: {error}"
     conv = call.module

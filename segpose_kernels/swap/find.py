@@ -13,6 +13,7 @@ from . import activation as act
 from .activation import NONE, Activation, ActivationCall
 from .eligible import (
     FUSED_TYPES,
+    Conv,
     is_convolution,
     modules_held_outside,
     why_not_eligible,
@@ -34,13 +35,15 @@ class Pair:
 
     Attributes:
         tail: the node the activation reads: the convolution, or the BatchNorm folded into it.
-        key: what would be replaced by a pass-through; None for a call in the forward's own code.
+        key: what would be replaced by a pass-through; None for a call in the forward's own
+            code.
         broken: why the two can never be one op.
-        unsafe: why the two modules cannot be replaced for good; a rewritten forward may still fuse them.
+        unsafe: why the two modules cannot be replaced for good; a rewritten forward may still
+            fuse them.
     """
 
     trace: ForwardTrace
-    conv: nn.Module
+    conv: Conv
     conv_node: fx.Node
     tail: fx.Node
     act_node: fx.Node
@@ -55,7 +58,7 @@ class Pair:
 class ConvPlan:
     """What becomes of one convolution module."""
 
-    module: nn.Module
+    module: Conv
     names: list[str]
     left_alone: str = ""
     activation: Activation = NONE
@@ -87,7 +90,9 @@ def analyse(model: nn.Module, mode: str) -> Analysis:
     for identity, place in held.items():
         hidden.setdefault(("module", identity), f"is also held by the plain attribute {place}")
     convs = {
-        id(module): ConvPlan(module, names[id(module)], _why_left_alone(model, module, held))
+        id(module): ConvPlan(
+            module, names[id(module)], _why_left_alone(model, module, names[id(module)][0], held)
+        )
         for module in model.modules()
         if is_convolution(module) and not isinstance(module, FUSED_TYPES)
     }
@@ -99,12 +104,14 @@ def analyse(model: nn.Module, mode: str) -> Analysis:
     return Analysis(model, convs, traces, untraceable, pairs, absorbed, hidden, names)
 
 
-def _why_left_alone(model: nn.Module, module: nn.Module, held: dict[int, str]) -> str:
+def _why_left_alone(model: nn.Module, module: Conv, name: str, held: dict[int, str]) -> str:
     if module is model:
         return "is the model itself, which keeps its class: wrap it in nn.Sequential"
     reason = why_not_eligible(module)
     if not reason and id(module) in held:
-        reason = f"is also held by the plain attribute {held[id(module)]}, which would keep the old module"
+        reason = f"is also held by the plain attribute {held[id(module)]}"
+    if not reason and "_orig_mod" in name:
+        reason = "is inside a compiled module: optimize first, then compile"
     if not reason:
         try:
             fused_module(module, NONE, "auto", folded=False)
@@ -114,7 +121,7 @@ def _why_left_alone(model: nn.Module, module: nn.Module, held: dict[int, str]) -
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether the module's forward is worth a graph: torch's own layers are leaves, its Sequential is not."""
+    """Whether the forward is worth a graph: torch's layers are leaves, its Sequential is not."""
     if isinstance(module, (torch.jit.ScriptModule, nn.ModuleList, nn.ModuleDict)):
         return False
     if type(module).__module__.split(".")[0] == "torch" and not isinstance(module, fx.GraphModule):
@@ -185,7 +192,7 @@ class _Finder:
         readers = [(tail, user) for user in _value_users(tail)]
         if plan.batch_norm is None:
             for user in _value_users(node):
-                if isinstance(trace.module_of(user), nn.BatchNorm2d):
+                if isinstance(trace.module_of(user), nn.modules.batchnorm._BatchNorm):
                     readers += [(user, later) for later in _value_users(user)]
         for source, user in readers:
             call = _activation_at(trace, user)
@@ -236,7 +243,7 @@ class _Finder:
         return why_not_straight(trace, pair.tail, pair.act_node)
 
     def fold_batch_norms(self) -> None:
-        """Mark each convolution whose every use is followed by one BatchNorm that nothing else uses."""
+        """Mark convolutions whose every use feeds one BatchNorm that nothing else uses."""
         for plan in self.convs.values():
             if plan.left_alone:
                 continue
@@ -271,7 +278,7 @@ class _Finder:
                 return self.hidden[key]
         followers = set()
         for trace, node in uses:
-            (reader,) = _value_users(node) or [None]
+            reader = next(iter(_value_users(node)), None)
             if (
                 reader is None
                 or self._only_reader(trace, node) is not norm
@@ -286,10 +293,12 @@ class _Finder:
         return ""
 
     def absorb(self, pairs: list[Pair]) -> dict[Key, set[int]]:
-        """The activations that only ever follow convolutions which always feed them; sets the plans' activation.
+        """The activations to absorb, with the convolutions that take them; sets the plans'
+        activation.
 
-        Starts from every pair that could be replaced and drops, until nothing changes, each convolution with a use
-        outside the pairs and each activation with a use outside the convolutions that are left.
+        Starts from every pair that could be replaced and drops, until nothing changes, each
+        convolution with a use outside the pairs and each activation with a use outside the
+        convolutions that are left.
         """
         by_conv: dict[int, list[Pair]] = {}
         for pair in pairs:

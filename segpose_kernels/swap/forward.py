@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fusing activations that a forward calls as functions: the forward is rewritten, on the instance, from its graphs.
+"""Forwards rewritten on the instance, for activations that are called as functions or shared.
 
-There is a graph for training and one for evaluation, chosen by `self.training` at each call. What else the forward
-read while it was traced is compared at each call; when something differs, the class's own forward runs, which is
-right too, because its convolutions have kept their meaning.
+There is a graph for training and one for evaluation, chosen by `self.training` at each call. What
+else the forward read while it was traced is compared at each call; when something differs, the
+class's own forward runs, which is right too, because its convolutions have kept their meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import fx, nn
 from .find import Pair
 from .pieces import call_convolution
 from .source import FunctionView, has_branches, view_of
-from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
+from .trace import PLAIN, AttributeCall, ForwardTrace, UntraceableError, trace_forward
 
 _MISSING = object()
 # Changing a list or dict that the forward made itself is part of the graph.
@@ -28,7 +28,7 @@ _BUILDERS = frozenset({"append", "extend", "insert", "update", "setdefault", "po
 
 
 class RewrittenForward:
-    """Set as `forward` on an instance. Holds source text, so that it can be pickled; compiles it when first called."""
+    """Set as `forward` on an instance. Holds source text, so that it can be pickled."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ def rewrite(pairs: list[Pair]) -> RewrittenForward:
         reason = why_not_rewritable(trace)
         if reason:
             raise UntraceableError(reason)
-        again = trace_forward(owner, trace.name, training)
+        again = trace_forward(owner, trace.name, training, seed=1)
         if str(again.graph) != str(trace.graph):
             raise UntraceableError(
                 "two traces of it differ: it depends on something beyond its inputs"
@@ -116,7 +116,7 @@ def why_not_rewritable(trace: ForwardTrace) -> str:
             if has_branches(code):
                 return f"{code.co_name}() branches and its source cannot be read"
             continue
-        reason = _why_not_plain_code(view)
+        reason = _why_not_plain_code(view) or _unguarded_read(view, trace.owner)
         if reason:
             return f"{code.co_name}() {reason}"
     return ""
@@ -162,8 +162,25 @@ def _why_not_plain_code(view: FunctionView) -> str:
     return ""
 
 
+def _unguarded_read(view: FunctionView, owner: nn.Module) -> str:
+    """Plain data that a graph freezes and no call compares: of a child, or a variable global."""
+    for mention in view.mentions:
+        child = owner._modules.get(mention.chain[0]) if len(mention.chain) > 1 else None
+        if child is None or mention.chain[1] not in vars(child):
+            continue
+        if isinstance(vars(child)[mention.chain[1]], PLAIN):
+            return f"reads self.{'.'.join(mention.chain)}"
+    scope = getattr(inspect.unwrap(type(owner).forward), "__globals__", {})
+    for node in ast.walk(view.node):
+        if not isinstance(node, ast.Name) or node.id.isupper() or node.id.startswith("__"):
+            continue
+        if isinstance(node.ctx, ast.Load) and isinstance(scope.get(node.id), (bool, int, float)):
+            return f"reads the global {node.id}"
+    return ""
+
+
 def _reads_only_self(test: ast.expr, self_name: str) -> bool:
-    """Whether a condition reads nothing but constants and attributes of `self`, which are compared at each call."""
+    """Whether a condition reads only constants and what is compared at each call."""
     for node in ast.walk(test):
         if isinstance(node, ast.Name) and node.id != self_name:
             return False
@@ -175,7 +192,7 @@ def _reads_only_self(test: ast.expr, self_name: str) -> bool:
 
 
 def _source(trace: ForwardTrace, pairs: list[Pair], names: dict[str, str]) -> str:
-    """Python code of the graph with the pairs fused; adds the importable names it uses to `names`."""
+    """Python code of the graph with the pairs fused; adds the names it imports to `names`."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(trace.graph, copies)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Modules that code outside the traces may call: other methods, branches not taken, forwards that cannot be traced."""
+"""Modules that code outside the traces may call: other methods, branches not taken."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def hidden_uses(owner: nn.Module, name: str, traces: Iterable[ForwardTrace]) -> 
             if not ran:
                 for attribute in code.co_names:
                     mention = Mention((attribute,), False, (), False)
-                    _note(owner, mention, where, in_forward, own=True, found=found)
+                    _note(owner, mention, where, in_forward, False, found)
             continue
         for mention in view.mentions:
             seen = (code, mention.path) in executed and not mention.in_expression
-            _note(owner, mention, where, in_forward, own=seen, found=found, seen=seen)
+            _note(owner, mention, where, in_forward, seen, found)
     return found
 
 
@@ -114,30 +114,27 @@ def _note(
     mention: Mention,
     where: str,
     in_forward: bool,
-    *,
-    own: bool,
+    seen: bool,
     found: dict[Key, str],
-    seen: bool = False,
 ) -> None:
-    """Add what one mention may call. In code that a trace ran, only another module's callable attribute is news."""
-    target: Any = owner
-    for position, attribute in enumerate(mention.chain):
+    """Add what one mention may call.
+
+    In code that a trace ran, only another module's callable attribute is news.
+    """
+    target = owner
+    for attribute in mention.chain:
         value = _lookup(target, attribute)
-        last = position == len(mention.chain) - 1
         if isinstance(value, nn.Module):
             target = value
             continue
         if callable(value) and attribute in vars(target):
             if not seen or target is not owner:
                 found.setdefault(attribute_key(target, attribute), f"also named in {where}")
-            return
-        if attribute in ("forward", "__call__") and not seen:
+        elif attribute in ("forward", "__call__") and not seen:
             found.setdefault(module_key(target), f"also called in {where}")
-        if attribute in _WALKERS and in_forward and not seen:
+        elif attribute in _WALKERS and in_forward and not seen:
             _expose(target, where, found)
-        # Past a method or a plain value there is no child module of ours, except in a container's own methods.
-        if last or not isinstance(target, nn.Module):
-            return
+        # Past a method or a plain value there is no module that this code could call by name.
         return
     if seen or (not mention.chain and not in_forward):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What was changed in a model, kept on the model itself, so that copies and pickles of it can be restored too."""
+"""What was changed in a model, kept on it, so that its copies can be restored too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .eligible import JOURNAL
+from .eligible import JOURNAL, Fused
 from .layout import contiguous_outputs
 from .pieces import fold
 from .report import SwapReport
@@ -23,7 +23,8 @@ class Journal:
         modules: (parent, attribute, old, new) for each replaced module.
         attributes: (owner, attribute, old, new) for each replaced callable attribute.
         forwards: modules that got a forward of their own.
-        formats: (module, parameter name, strides) of each parameter whose memory format was changed.
+        formats: (module, parameter name, strides) of each parameter whose memory format was
+            changed.
         folds: convolutions that hold folded tensors, with their BatchNorm.
         options: the arguments of `optimize`, to tell a repeated call.
         layers: names and types of all modules afterwards, for the same purpose.
@@ -37,7 +38,7 @@ class Journal:
     attributes: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     forwards: list[nn.Module] = field(default_factory=list)
     formats: list[tuple[nn.Module, str, tuple[int, ...]]] = field(default_factory=list)
-    folds: list[tuple[nn.Module, nn.BatchNorm2d]] = field(default_factory=list)
+    folds: list[tuple[Fused, nn.BatchNorm2d]] = field(default_factory=list)
     layers: list[tuple[str, str]] = field(default_factory=list)
 
     def replace_module(self, parent: nn.Module, attribute: str, new: nn.Module) -> None:
@@ -94,7 +95,7 @@ class Journal:
 
     def hook_loading(self) -> None:
         """Fold again whenever a checkpoint is loaded into the model."""
-        self.owner.register_load_state_dict_post_hook(refold)
+        self.owner.register_load_state_dict_post_hook(refold)  # type: ignore[no-untyped-call]
 
     def _unhook(self) -> None:
         hooks = self.owner._forward_hooks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whether a model may run in channels_last inside, and the hook that gives its caller the usual format back."""
+"""Whether a model may run in channels_last inside, and the hook that hides it from the caller."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from torch.utils import _pytree as pytree
 from .trace import AttributeCall, ForwardTrace
 
 # What raises or answers differently for other strides.
-_STRIDE_METHODS = frozenset(
-    """view view_as as_strided as_strided_ stride storage untyped_storage storage_offset data_ptr is_contiguous
-    numpy tolist unsafe_chunk set_ resize_ resize_as_ __array__ to_dlpack __dlpack__ is_set_to unfold data""".split()
-)
-_LAYER_MODULES = frozenset(
-    f"torch.nn.modules.{name}"
-    for name in """conv batchnorm pooling dropout padding upsampling pixelshuffle flatten linear normalization
-    instancenorm channelshuffle container""".split()
-)
+_STRIDE_NAMES = """
+    view view_as as_strided as_strided_ stride storage untyped_storage storage_offset data_ptr
+    is_contiguous numpy tolist set_ resize_ resize_as_ __array__ to_dlpack __dlpack__ is_set_to
+    unfold data view_as_real view_as_complex
+"""
+_STRIDE_METHODS = frozenset(_STRIDE_NAMES.split())
+_LAYER_NAMES = """
+    conv batchnorm pooling dropout padding upsampling pixelshuffle flatten linear normalization
+    instancenorm channelshuffle container
+"""
+_LAYER_MODULES = frozenset(f"torch.nn.modules.{name}" for name in _LAYER_NAMES.split())
 _OPERATORS = frozenset(value for value in vars(operator).values() if callable(value))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Whether two modules that follow each other in a trace do so in every run of the forward.
 
-Replacing a pair of modules changes both for good, while a trace shows one run. The pair is safe when nothing under a
-condition can come between the two, see the value between them, or call one without the other.
+Replacing a pair of modules changes both for good, while a trace shows one run. The pair is safe
+when nothing under a condition can come between the two, see the value between them, or call one
+without the other.
 """
 
 from __future__ import annotations
@@ -116,12 +117,16 @@ def _check_regions(
 
 
 def _inside_loop_of(region: Path, path: Path, view: FunctionView) -> bool:
-    """Whether a region lies inside the loop that the pair is in, so that the loop's variable is the pair's."""
+    """Whether a region lies inside the loop that the pair is in, so that the loop's variable is the
+    pair's.
+    """
     return any(region[: len(loop)] == loop and path[: len(loop)] == loop for loop in view.loops)
 
 
 def _check_loop(view: FunctionView, path: Path) -> str:
-    """The value passes from one turn of a loop to the next: the turns must be the modules of a container."""
+    """The value passes from one turn of a loop to the next: the turns must be the modules of a
+    container.
+    """
     loops = [loop for loop in view.loops if path[: len(loop)] == loop]
     if not loops:
         return "convolution and activation run in an order that the source does not show"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which values a model changes in place.
 
-A fused leaky ReLU saves its output for backward, where torch's saves its input. A later `y += skip` would then make
-autograd raise although the plain model trains, so such a pair must stay as it is.
+A fused leaky ReLU saves its output for backward, where torch's saves its input. A later `y += skip`
+would then make autograd raise although the plain model trains, so such a pair must stay as it is.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ _INPLACE_OPERATORS = frozenset(
         operator.setitem,
     }
 )
-_ALIASES = frozenset(
-    """view view_as reshape flatten unflatten squeeze unsqueeze permute transpose movedim moveaxis swapaxes t narrow
-    select getitem getattr chunk split tensor_split unbind expand expand_as contiguous to type float double half
-    bfloat16 detach dropout dropout2d alpha_dropout feature_dropout requires_grad_""".split()
-)
+_ALIAS_NAMES = """
+    view view_as reshape flatten unflatten squeeze unsqueeze permute transpose movedim moveaxis
+    swapaxes t narrow select getitem getattr chunk split tensor_split unbind expand expand_as
+    contiguous to type float double half bfloat16 detach dropout dropout2d alpha_dropout
+    feature_dropout requires_grad_
+"""
+_ALIASES = frozenset(_ALIAS_NAMES.split())
 _ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def mutated_nodes(traces: Iterable[ForwardTrace]) -> set[fx.Node]:
-    """Nodes whose value is changed in place somewhere in the model, through views and across forwards."""
+    """Nodes whose value is changed in place somewhere in the model, through views and across
+    forwards.
+    """
     traces = list(traces)
     by_owner: dict[int, list[ForwardTrace]] = {}
     calls: dict[int, list[fx.Node]] = {}

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..backends import BACKENDS
-from .activation import NONE
 from .eligible import JOURNAL
 from .find import Analysis, ConvPlan, Pair, analyse
 from .forward import RewrittenForward, rewrite
@@ -42,28 +41,35 @@ def optimize(
     strict: bool = False,
     memory_format: str | torch.memory_format = "auto",
 ) -> tuple[ModelT, SwapReport]:
-    """Replace the convolutions of a model, and the activations behind them, by fused modules, in place.
+    """Replace the convolutions of a model, and the activations behind them, by fused modules, in
+    place.
 
-    Every `nn.Conv2d` becomes a `Conv2dAct`, every `nn.ConvTranspose2d` a `ConvTranspose2dAct`, which hold the very
-    same Parameter objects under the same names: state_dict, optimizers made before and checkpoints stay valid. A ReLU
-    or leaky ReLU that follows (as a module, a function held in an attribute, or a function called in `forward`)
-    moves into the convolution; a convolution followed by anything else gets its bias fused. What may change results
-    is left alone, and the report says why. Calling it again with the same arguments changes nothing.
+    Every `nn.Conv2d` becomes a `Conv2dAct`, every `nn.ConvTranspose2d` a `ConvTranspose2dAct`,
+    which hold the very same Parameter objects under the same names: state_dict, optimizers made
+    before and checkpoints stay valid. A ReLU or leaky ReLU that follows (as a module, a function
+    held in an attribute, or a function called in `forward`) moves into the convolution; a
+    convolution followed by anything else gets its bias fused. What may change results is left
+    alone, and the report says why. Calling it again with the same arguments changes nothing.
 
-    The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and `torch.compile` work
-    afterwards. Call `restore` before changing the model's structure, and before hooking the inside of a layer.
-    Calls that code outside the model makes to its inner modules see a convolution with its activation.
+    The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and
+    `torch.compile` work afterwards. Call `restore` before changing the model's structure, before
+    hooking a layer to see values before its activation, and before wrapping a model with a
+    rewritten forward in DataParallel. Code outside the model that calls an inner convolution gets
+    its activation too. A leaky ReLU that ends the model saves its output for backward, so the
+    caller must not change it in place.
 
     Args:
         model: any module; DataParallel and DistributedDataParallel are looked through.
-        mode: "train", or "inference" for a model in eval mode, which also folds each BatchNorm2d into the convolution
-            before it. The parameters stay as they were; folded copies lie beside them, outside the state_dict, and
-            are folded again when a checkpoint is loaded. Training then raises until `restore`.
+        mode: "train", or "inference" for a model in eval mode, which also folds each
+            BatchNorm2d into the convolution before it. The parameters stay as they were; folded
+            copies lie beside them, outside the state_dict, and are folded again when a checkpoint
+            is loaded. Training then raises until `restore`.
         backend: of the fused modules, see `conv2d_act`.
         strict: raise if anything is left alone; the model is then as it was.
-        memory_format: "auto" converts the weights to channels_last, in place, if nothing in the model depends on
-            strides; layers then pass channels_last on without conversions, and a forward hook makes 4-d results
-            contiguous if the inputs were. torch.channels_last and torch.preserve_format decide it by hand.
+        memory_format: "auto" converts the weights to channels_last, in place, if nothing in the
+            model depends on strides; layers then pass channels_last on without conversions, and a
+            forward hook makes 4-d results contiguous if the inputs were. torch.channels_last and
+            torch.preserve_format decide it by hand.
 
     Returns:
         The model itself and a `SwapReport`.
@@ -85,7 +91,8 @@ def optimize(
     restore(inner)
     if mode == "inference" and inner.training:
         raise ValueError(
-            'segpose_kernels.optimize: mode="inference" needs a model in eval mode: call model.eval() first'
+            'segpose_kernels.optimize: mode="inference" needs a model in eval mode: '
+            "call model.eval() first"
         )
     journal = Journal(inner, SwapReport(mode=mode, backend=backend), options)
     analysis = analyse(inner, mode)
@@ -121,9 +128,13 @@ def _checked_options(
     model: Any, mode: str, backend: str, memory_format: str | torch.memory_format
 ) -> dict[str, str]:
     name = "segpose_kernels.optimize"
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    # Looked at by name: torch._dynamo takes seconds to import.
+    if isinstance(model, nn.Module) and (
+        "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
+    ):
         raise TypeError(
-            f"{name}: the model is compiled already; optimize the plain model, then call torch.compile on it"
+            f"{name}: the model is compiled already; optimize the plain model, "
+            "then call torch.compile on it"
         )
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise TypeError(f"{name}: the model is scripted; optimize the nn.Module it was made from")
@@ -145,7 +156,9 @@ def _checked_options(
 def _rewritten_forwards(
     analysis: Analysis, *, wrapped: bool
 ) -> tuple[dict[int, RewrittenForward], dict[int, str]]:
-    """Forwards for the owners of pairs that modules alone cannot fuse; the second table says why not."""
+    """Forwards for the owners of pairs that modules alone cannot fuse; the second table says why
+    not.
+    """
     by_owner: dict[int, list[Pair]] = {}
     for pair in analysis.pairs:
         if pair.unsafe and not pair.broken:
@@ -178,7 +191,8 @@ def _apply(
         if isinstance(plan.batch_norm, nn.BatchNorm2d):
             fold(new, plan.batch_norm)
             passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)
-            # Shares the tables of parameters and statistics, so both follow a conversion or a loaded checkpoint.
+            # Shares the tables of parameters and statistics, so both follow a conversion or a
+            # loaded checkpoint.
             vars(passing).update(vars(plan.batch_norm))
             _replace_everywhere(analysis, plan.batch_norm, passing, journal)
             journal.folds.append((new, passing))
@@ -239,6 +253,3 @@ def _choose_format(analysis: Analysis, journal: Journal, memory_format: str) -> 
         fold(conv, norm)
     if replaced:
         journal.hook()
-
-
-__all__ = ["NONE", "optimize", "restore"]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The modules that `optimize` puts into a model. All can be pickled and copied; none adds a state_dict key."""
+"""The modules that `optimize` puts into a model. All can be pickled and copied; none adds a
+state_dict key.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 from ..functional import conv2d_act, conv_transpose2d_act
 from ..nn import Conv2dAct, ConvTranspose2dAct
 from .activation import Activation
-from .eligible import has_call_hooks
+from .eligible import FUSED_TYPES, Conv, Fused, has_call_hooks
 
 
 class AbsorbedActivation(nn.Module):
-    """Stands where an activation module stood that now runs inside convolutions: returns its input."""
+    """Stands where an activation module stood that runs inside convolutions: returns its input."""
 
     def __init__(self, description: str) -> None:
         super().__init__()
@@ -29,7 +31,7 @@ class AbsorbedActivation(nn.Module):
 
 
 class AbsorbedCall:
-    """Stands where a callable attribute such as `self.relu = F.leaky_relu` stood: returns its first argument."""
+    """Stands where an attribute such as `self.relu = F.leaky_relu` stood: returns its input."""
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -42,9 +44,11 @@ class AbsorbedCall:
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """Stands where a BatchNorm2d stood that is folded into the convolution before it: returns its input.
+    """Stands where a BatchNorm2d stood that is folded into the convolution before it: returns its
+    input.
 
-    It keeps the BatchNorm's parameters and statistics, so a checkpoint saved now fits the plain model.
+    It keeps the BatchNorm's parameters and statistics, so a checkpoint saved now fits the plain
+    model.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -57,7 +61,10 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
 
 class FoldedConv2dAct(Conv2dAct):
-    """Conv2dAct that computes with `folded_weight` and `folded_bias`; `weight` and `bias` are the plain model's."""
+    """Conv2dAct that computes with folded tensors; `weight` and `bias` are the plain model's."""
+
+    folded_weight: Tensor
+    folded_bias: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         return run_convolution(
@@ -66,7 +73,10 @@ class FoldedConv2dAct(Conv2dAct):
 
 
 class FoldedConvTranspose2dAct(ConvTranspose2dAct):
-    """ConvTranspose2dAct that computes with `folded_weight` and `folded_bias`."""
+    """ConvTranspose2dAct that computes with the folded tensors."""
+
+    folded_weight: Tensor
+    folded_bias: Tensor
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return run_convolution(
@@ -74,15 +84,18 @@ class FoldedConvTranspose2dAct(ConvTranspose2dAct):
         )
 
 
-def fused_module(
-    conv: nn.Module, activation: Activation, backend: str, *, folded: bool
-) -> nn.Module:
+def fused_module(conv: Conv, activation: Activation, backend: str, *, folded: bool) -> Fused:
     """The fused twin of a plain convolution, sharing its very parameters.
 
-    The two share one table of parameters, so what replaces a Parameter in one (`load_state_dict(assign=True)`,
-    a conversion) replaces it in both. Raises ValueError for geometry the fused constructor rejects.
+    The two share one table of parameters, so what replaces a Parameter in one
+    (`load_state_dict(assign=True)`, a conversion) replaces it in both. Raises ValueError for
+    geometry the fused constructor rejects.
     """
     options: dict[str, Any] = {
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
         "bias": conv.bias is not None,
         "padding_mode": conv.padding_mode,
         "device": "meta",
@@ -97,16 +110,7 @@ def fused_module(
         if isinstance(conv, nn.Conv2d)
         else (FoldedConvTranspose2dAct if folded else ConvTranspose2dAct)
     )
-    new = twin(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        **options,
-    )
+    new: Fused = twin(conv.in_channels, conv.out_channels, groups=conv.groups, **options)
     new._parameters = conv._parameters
     for name, value in vars(conv).items():
         if name not in vars(new):
@@ -115,13 +119,17 @@ def fused_module(
     return new
 
 
-def fold(new: nn.Module, norm: nn.BatchNorm2d) -> None:
-    """Write BatchNorm's affine map into the folded tensors of `new`, in float64 (Jacob et al. 2018, section 3.2).
+def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
+    """Write BatchNorm's affine map into the folded tensors of `new`, in float64.
+
+    Source: Jacob et al., "Quantization and training of neural networks", CVPR 2018, section 3.2.
 
     The tensors are buffers outside the state_dict: they follow `.to()` and are not saved.
     """
     weight, bias = new._parameters["weight"], new._parameters["bias"]
-    assert weight is not None and norm.running_mean is not None and norm.running_var is not None
+    assert weight is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
@@ -142,18 +150,16 @@ def fold(new: nn.Module, norm: nn.BatchNorm2d) -> None:
 
 
 def run_convolution(
-    conv: nn.Module,
+    conv: Fused,
     input: Tensor,
     output_size: list[int] | None = None,
     *,
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """A fused module's computation with another activation than its own; a rewritten forward calls it.
-
-    With hooks on the module the convolution runs as a call of it, so that they see what they saw before.
-    """
-    weight, bias = conv.weight, conv.bias
+    """A fused module's computation, with an activation of the caller's choice."""
+    weight: Tensor = conv.weight
+    bias = conv.bias
     if isinstance(conv, (FoldedConv2dAct, FoldedConvTranspose2dAct)):
         weight, bias = conv.folded_weight, conv.folded_bias
     options: dict[str, Any] = {
@@ -162,29 +168,13 @@ def run_convolution(
         "backend": conv.backend,
     }
     if isinstance(conv, nn.ConvTranspose2d):
-        output_padding = conv.output_padding
-        if output_size is not None:
-            output_padding = conv._output_padding(
-                input,
-                list(output_size),
-                conv.stride,
-                conv.padding,
-                conv.kernel_size,
-                2,
-                conv.dilation,
-            )  # type: ignore[arg-type, assignment]
-        return conv_transpose2d_act(
-            input,
-            weight,
-            bias,
-            conv.stride,
-            conv.padding,
-            output_padding,
-            conv.groups,
-            conv.dilation,
-            **options,
-        )
-    padding = conv.padding
+        options |= {
+            "padding": conv.padding,
+            "output_padding": output_padding(conv, input, output_size),
+        }
+        options |= {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+        return conv_transpose2d_act(input, weight, bias, **options)
+    padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = nn.functional.pad(
             input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode
@@ -195,6 +185,16 @@ def run_convolution(
     )
 
 
+def output_padding(
+    conv: nn.ConvTranspose2d, input: Tensor, output_size: list[int] | None
+) -> tuple[int, ...]:
+    """What `output_size` asks for, or the layer's own. ValueError for a size out of range."""
+    if output_size is None:
+        return conv.output_padding
+    geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation)
+    return tuple(conv._output_padding(input, list(output_size), *geometry))
+
+
 def call_convolution(
     conv: nn.Module,
     input: Tensor,
@@ -203,8 +203,12 @@ def call_convolution(
     negative_slope: float,
     **kwargs: Any,
 ) -> Tensor:
-    """What a rewritten forward puts in place of `activation(conv(input))`."""
-    if has_call_hooks(conv) or type(conv) not in FUSED:
+    """What a rewritten forward puts in place of `activation(conv(input))`.
+
+    With hooks on the module the convolution runs as a call of it, so that they see what they saw
+    before.
+    """
+    if has_call_hooks(conv) or not isinstance(conv, FUSED_TYPES):
         output = conv(input, *args, **kwargs)
         if activation == "relu":
             return nn.functional.relu(output)
@@ -212,6 +216,3 @@ def call_convolution(
     return run_convolution(
         conv, input, *args, activation=activation, negative_slope=negative_slope, **kwargs
     )
-
-
-FUSED = (Conv2dAct, ConvTranspose2dAct, FoldedConv2dAct, FoldedConvTranspose2dAct)

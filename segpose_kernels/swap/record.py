@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .eligible import FUSED_TYPES, is_convolution
+from .eligible import FUSED_TYPES, Conv, is_convolution
 from .journal import journal_of
 
 
@@ -19,7 +19,7 @@ class LayerCall:
     """One call of a convolution: `output` is after the activation of a fused module."""
 
     name: str
-    module: nn.Module
+    module: Conv
     input: Tensor
     output: Tensor
     output_size: list[int] | None
@@ -30,18 +30,23 @@ class LayerCall:
 
 
 def record_calls(model: nn.Module, x: Any) -> list[LayerCall]:
-    """Run `model(x)`, `model(*x)` for a tuple or list, `model(**x)` for a mapping, and list the convolutions' calls.
+    """Run the model once and list the calls of its convolutions.
 
-    No gradients; buffers that the run changes (BatchNorm statistics) are put back, and so is the state of the random
-    number generator.
+    `x` is the input; a tuple or list is passed as positional arguments, a mapping as keywords.
+
+    No gradients; buffers that the run changes (BatchNorm statistics) are put back, and so is the
+    state of the random number generator.
     """
-    names = {module: name for name, module in model.named_modules() if is_convolution(module)}
+    names: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if is_convolution(module)
+    }
     calls: list[LayerCall] = []
 
     def note(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         rest = dict(zip(("input", "output_size"), args, strict=False)) | kwargs
+        assert is_convolution(module)
         calls.append(
             LayerCall(
                 names[module] or type(module).__name__,
@@ -72,7 +77,7 @@ def record_calls(model: nn.Module, x: Any) -> list[LayerCall]:
 
 
 def rewritten_activations(model: nn.Module) -> dict[str, str]:
-    """Activations that a rewritten forward adds to a layer whose own activation is none, by the layer's name."""
+    """The activation of each fused layer as reported, one in a rewritten forward included."""
     found: dict[str, str] = {}
     for prefix, module in model.named_modules():
         journal = journal_of(module)

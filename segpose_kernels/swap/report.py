@@ -33,7 +33,7 @@ class SwapRow:
 
 @dataclass
 class SwapReport:
-    """The rows of one `optimize` call; `len` and iteration go over them, `str` is an aligned table."""
+    """The rows of one `optimize` call; `str` is an aligned table."""
 
     rows: list[SwapRow] = field(default_factory=list)
     mode: str = "train"
@@ -90,13 +90,14 @@ class SwapReport:
 
 
 class SwapError(RuntimeError):
-    """`optimize(..., strict=True)` left a candidate alone; `report` holds the rows, and the model is as it was."""
+    """`optimize(..., strict=True)` left a candidate alone; `report` holds the rows."""
 
     def __init__(self, report: SwapReport) -> None:
         reasons = "\n".join(f"  {row.name}: {row.reason}" for row in report.skipped)
         super().__init__(
-            f"segpose_kernels.optimize(strict=True): {len(report.skipped)} candidate(s) cannot be fused:\n{reasons}\n"
-            "Change the model there, or call optimize with strict=False; the model is as it was before the call."
+            f"segpose_kernels.optimize(strict=True): {len(report.skipped)} candidate(s) cannot be "
+            f"fused:\n{reasons}\nChange the model there, or call optimize with strict=False; "
+            "the model is as it was before the call."
         )
         self.report = report
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 
 from torch import nn
 
-from .eligible import FUSED_TYPES, is_convolution
+from .eligible import FUSED_TYPES
 from .find import Analysis, ConvPlan, Pair
 from .report import SwapRow
 from .trace import AttributeCall
 
 
 def report_rows(analysis: Analysis, refusals: dict[int, str], backend: str) -> list[SwapRow]:
-    """A row for each convolution in the model's order, then for each activation and forward left alone."""
+    """A row for each convolution in the model's order, then for each activation and forward left
+    alone.
+    """
     pairs: dict[int, list[Pair]] = {}
     for pair in analysis.pairs:
         pairs.setdefault(id(pair.conv), []).append(pair)
     rows: list[SwapRow] = []
+    ours = _replacements(analysis)
     for name, module in analysis.model.named_modules():
-        if isinstance(module, FUSED_TYPES) and id(module) not in _replacements(analysis):
+        if isinstance(module, FUSED_TYPES) and id(module) not in ours:
             rows.append(_already_fused(name, module))
+    called = {id(module) for trace in analysis.traces for module in trace.called.values()}
     rows += [
-        _conv_row(analysis, plan, pairs.get(identity, []), backend)
+        _conv_row(analysis, plan, pairs.get(identity, []), backend, identity in called)
         for identity, plan in analysis.convs.items()
     ]
     left: dict[SwapRow, None] = {}
@@ -30,7 +34,7 @@ def report_rows(analysis: Analysis, refusals: dict[int, str], backend: str) -> l
             continue
         left[_activation_row(analysis, pair, refusals)] = None
     rows += list(left)
-    rows += _untraceable_rows(analysis)
+    rows += _untraceable_rows(analysis, called)
     return rows
 
 
@@ -47,7 +51,9 @@ def _already_fused(name: str, module: nn.Module) -> SwapRow:
     )
 
 
-def _conv_row(analysis: Analysis, plan: ConvPlan, pairs: list[Pair], backend: str) -> SwapRow:
+def _conv_row(
+    analysis: Analysis, plan: ConvPlan, pairs: list[Pair], backend: str, called: bool
+) -> SwapRow:
     kind = type(plan.module).__name__
     name = plan.names[0] or "(model)"
     remarks = [f"also named {other}" for other in plan.names[1:]]
@@ -66,7 +72,7 @@ def _conv_row(analysis: Analysis, plan: ConvPlan, pairs: list[Pair], backend: st
         )
     for owner in dict.fromkeys(pair.trace.name for pair in fused if pair.rewritten):
         remarks.append(f"activation fused in a rewritten forward of {owner or 'the model'}")
-    if not any(conv is plan.module for conv in _called(analysis)):
+    if not called:
         remarks.append("its call is in no forward that could be read")
     return SwapRow(
         name,
@@ -77,15 +83,6 @@ def _conv_row(analysis: Analysis, plan: ConvPlan, pairs: list[Pair], backend: st
         ", ".join(activations) or "none",
         backend,
     )
-
-
-def _called(analysis: Analysis) -> list[nn.Module | None]:
-    return [
-        trace.module_of(node)
-        for trace in analysis.traces
-        for node in trace.graph.nodes
-        if node.op == "call_module"
-    ]
 
 
 def _is_fused(analysis: Analysis, pair: Pair) -> bool:
@@ -110,31 +107,19 @@ def _activation_row(analysis: Analysis, pair: Pair, refusals: dict[int, str]) ->
     return SwapRow(name, pair.call.label, pair.call.label, False, reason, str(pair.call.spec or ""))
 
 
-def _untraceable_rows(analysis: Analysis) -> list[SwapRow]:
+def _untraceable_rows(analysis: Analysis, called: set[int]) -> list[SwapRow]:
     """Forwards that could not be read, where they hide the call of a convolution."""
-    called = {id(module) for module in _called(analysis) if module is not None}
     rows = []
     for name, reason in analysis.untraceable.items():
         owner = analysis.model.get_submodule(name)
-        parts = list(owner.modules())
-        unseen = any(is_convolution(part) for part in parts) and not {
-            identity for identity in analysis.convs if identity in called
-        }.issuperset(
-            identity
+        inside = f"{name}." if name else ""
+        if all(
+            identity in called
             for identity, plan in analysis.convs.items()
-            if any(
-                other == name or other.startswith(f"{name}.".lstrip(".")) for other in plan.names
-            )
-        )
-        if unseen:
-            kind = type(owner).__name__
-            rows.append(
-                SwapRow(
-                    f"{name}.forward".strip("."),
-                    f"{kind}.forward",
-                    f"{kind}.forward",
-                    False,
-                    f"cannot be traced, so activations in it stay separate: {reason}",
-                )
-            )
+            if any(other.startswith(inside) for other in plan.names)
+        ):
+            continue
+        what = f"{type(owner).__name__}.forward"
+        why = f"cannot be traced, so activations in it stay separate: {reason}"
+        rows.append(SwapRow(f"{name}.forward".strip("."), what, what, False, why))
     return rows

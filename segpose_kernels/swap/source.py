@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a trace cannot show: the parts of a model's code that run under a condition, read from its source.
+"""What a trace cannot show: the parts of a model's code that run under a condition, read from its
+source.
 
-A *region* is a part that may run more or less often than the code around it: a branch, a loop body, a handler, the arm
-of a conditional expression. A *mention* is a place that names something of `self`.
+A *region* is a part that may run more or less often than the code around it: a branch, a loop body,
+a handler, the arm of a conditional expression. A *mention* is a place that names something of
+`self`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Mention:
-    """A chain of attributes from `self`: `self.a.b` is ("a", "b"); `called` if the chain itself is called."""
+    """A chain of attributes from `self`: `self.a.b` is ("a", "b"); `called` if the chain itself is
+    called.
+    """
 
     chain: tuple[str, ...]
     called: bool
@@ -95,7 +99,9 @@ def has_branches(code: CodeType) -> bool:
 
 
 def methods_of(owner: nn.Module) -> Iterator[FunctionType]:
-    """The functions of a module's own classes that its instances would run, torch's classes left out."""
+    """The functions of a module's own classes that its instances would run, torch's classes left
+    out.
+    """
     seen: set[str] = set()
     for kind in type(owner).__mro__:
         if kind.__module__.split(".")[0] == "torch" or kind is object:
@@ -108,7 +114,7 @@ def methods_of(owner: nn.Module) -> Iterator[FunctionType]:
                 value = value.__func__
             for function in (value.fget, value.fset) if isinstance(value, property) else (value,):
                 if isinstance(function, FunctionType):
-                    yield inspect.unwrap(function)  # type: ignore[misc]
+                    yield inspect.unwrap(function)
 
 
 class _Reader(ast.NodeVisitor):
@@ -216,7 +222,10 @@ class _Reader(ast.NodeVisitor):
             for part in parts:
                 self.visit(part)
 
-    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension
+    visit_ListComp = _comprehension  # noqa: N815
+    visit_SetComp = _comprehension  # noqa: N815
+    visit_GeneratorExp = _comprehension  # noqa: N815
+    visit_DictComp = _comprehension  # noqa: N815
 
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name) and node.func.id == "super":

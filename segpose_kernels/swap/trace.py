@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One forward at a time as a graph: `torch.fx` with every child module left as one node.
 
-A module whose forward cannot be traced thus costs only its own level. The trace runs on a shallow copy, so that a
-forward which writes attributes leaves no trace of its own in the model.
+A module whose forward cannot be traced thus costs only its own level. The trace runs on a shallow
+copy, so that a forward which writes attributes leaves no trace of its own in the model.
 """
 
 from __future__ import annotations
 
 import operator
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 
 
 class AttributeCall:
-    """Stands for a callable attribute during a trace, so that the graph tells `self.relu(x)` from `F.leaky_relu(x)`."""
+    """Stands for a callable attribute: the graph tells `self.relu(x)` from `F.leaky_relu(x)`."""
 
     def __init__(self, attribute: str, function: Callable[..., Any]) -> None:
         self.attribute = attribute
@@ -46,8 +47,10 @@ class Site:
     """Where in the model's own code a node was made.
 
     Attributes:
-        frames: (code, line) of each frame of the model's code, innermost first; none for torch's containers.
-        names: for each argument node, the local variables (code, name) that hold it at this moment.
+        frames: (code, line) of each frame of the model's code, innermost first; none for
+            torch's containers.
+        names: for each argument node, the local variables (code, name) that hold it at this
+            moment.
         holders: for a module call, the local variables that hold the module.
         modes: grad mode, inference mode and autocast at this moment.
     """
@@ -89,8 +92,8 @@ class UntraceableError(Exception):
     """The forward cannot be written as a graph; the message says why."""
 
 
-def trace_forward(owner: nn.Module, name: str, training: bool) -> ForwardTrace:
-    """Trace `owner.forward` alone.
+def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) -> ForwardTrace:
+    """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input.
 
     Raises:
         UntraceableError: with the first line of what went wrong.
@@ -100,8 +103,11 @@ def trace_forward(owner: nn.Module, name: str, training: bool) -> ForwardTrace:
     clone, recorded = _recording_copy(owner, training, reads, opaque)
     tracer = _OneLevelTracer()
     before = set(vars(clone))
-    # Random numbers drawn by code that does not depend on the input would move the caller's generator.
+    # Numbers drawn by code that does not depend on the input must not move the caller's generators.
+    python_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             start = _modes()
             graph = tracer.trace(clone)
@@ -110,6 +116,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool) -> ForwardTrace:
             raise UntraceableError(f"{type(error).__name__}: {text.splitlines()[0]}") from error
         finally:
             recorded.clear()
+            random.setstate(python_state)
     trace = ForwardTrace(
         owner, name, training, graph, tracer.sites, tracer.called, start, {}, reads, opaque
     )
@@ -133,7 +140,18 @@ def _record_inplace(operation: Callable[..., Any]) -> Callable[..., Any]:
     return record
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
     setattr(_InplaceProxy, f"__{_name}__", _record_inplace(getattr(operator, _name)))
 
 
@@ -184,7 +202,8 @@ def _site(nodes: set[fx.Node], called: nn.Module | None) -> Site:
 
 def _proxies(value: Any, depth: int = 2) -> Iterator[fx.Proxy]:
     if isinstance(value, fx.Proxy):
-        # An attribute proxy such as `x.shape` makes its node on the first access: looking must not add one.
+        # An attribute proxy such as `x.shape` makes its node on the first access: looking must not
+        # add one.
         if isinstance(vars(value).get("node"), fx.Node):
             yield value
     elif depth and isinstance(value, dict):
@@ -207,7 +226,7 @@ def _modes() -> tuple[bool, ...]:
 def _recording_copy(
     owner: nn.Module, training: bool, reads: dict[str, Any], opaque: set[str]
 ) -> tuple[nn.Module, list[bool]]:
-    """A copy that shares children and tensors, holds its own containers, and notes which attributes are read.
+    """A copy that shares children and tensors, and notes which attributes are read.
 
     The second value switches the recording off when it is emptied.
     """
@@ -227,7 +246,7 @@ def _recording_copy(
         return value
 
     kind = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
-    clone = kind.__new__(kind)
+    clone: nn.Module = object.__new__(kind)
     state = object.__getattribute__(clone, "__dict__")
     for key, value in vars(owner).items():
         if type(value) in (list, dict, set):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pieces import FoldedConv2dAct, FoldedConvTranspose2dAct, run_convolution
+from .eligible import FUSED_TYPES, Fused
+from .pieces import FoldedConv2dAct, FoldedConvTranspose2dAct, output_padding, run_convolution
 from .record import LayerCall, record_calls, rewritten_activations
 from .report import format_table
 
-# Largest relative L2 error against float64. float32: the package's promise for any algorithm; the others: a few units
-# in the last place of the dtype, for results that are rounded once after an accumulation in float32.
+# Largest relative L2 error against float64. float32: the promise for any algorithm; the others: a
+# few units in the last place, for results rounded once after an accumulation in float32.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -28,10 +29,10 @@ TORCH_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """Errors of one layer: relative L2 distance to float64 for `output`, `input`, `weight` and `bias` gradients.
+    """Relative L2 errors of one layer: of its output and the gradients of input, weight and bias.
 
-    `torch_errors` are those of torch's own operators in the layer's dtype. `passed` holds if each error is within
-    `tolerance`, or within `TORCH_FACTOR` times torch's.
+    `torch_errors` are those of torch's own operators in the layer's dtype. `passed` holds if each
+    error is within `tolerance`, or within `TORCH_FACTOR` times torch's.
     """
 
     name: str
@@ -85,11 +86,12 @@ class Validation:
 
 
 def validate(model: nn.Module, x: Any, *, seed: int = 0) -> Validation:
-    """Compare each fused layer, on the input it gets in a run of `model(x)`, with plain torch in float64.
+    """Compare each fused layer, on the input it gets in `model(x)`, with plain torch in float64.
 
-    Output and the gradients of input, weight and bias for a random output gradient. The reference's gradients use the
-    sign of the layer's own output as the activation's mask: where a pre-activation is zero but for rounding, either
-    sign is right, and counting it would hide errors of the kernels. Gradients of parameters are not touched.
+    Output and the gradients of input, weight and bias for a random output gradient. The reference's
+    gradients use the sign of the layer's own output as the activation's mask: where a
+    pre-activation is zero but for rounding, either sign is right, and counting it would hide errors
+    of the kernels. Gradients of parameters are not touched.
 
     `x` as in `explain`; shapes are the model's. `seed` draws the output gradients.
     """
@@ -103,6 +105,7 @@ def validate(model: nn.Module, x: Any, *, seed: int = 0) -> Validation:
 
 def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
     conv = call.module
+    assert isinstance(conv, FUSED_TYPES)
     activation, slope = conv.activation, float(conv.negative_slope)
     label = f"leaky_relu({slope:g})" if activation == "leaky_relu" else activation
     if (
@@ -117,8 +120,9 @@ def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
     dtype, device = call.output.dtype, call.output.device
     grad = torch.randn(call.output.shape, generator=generator, dtype=torch.float64)
     grad = grad.to(dtype).to(device)
-    folded = isinstance(conv, (FoldedConv2dAct, FoldedConvTranspose2dAct))
-    weight, bias = (conv.folded_weight, conv.folded_bias) if folded else (conv.weight, conv.bias)
+    weight, bias = conv.weight, conv.bias
+    if isinstance(conv, (FoldedConv2dAct, FoldedConvTranspose2dAct)):
+        weight, bias = conv.folded_weight, conv.folded_bias
     leaves = [
         None
         if tensor is None
@@ -127,8 +131,8 @@ def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
     ]
     with torch.enable_grad():
         ours = _ours(conv, leaves, call.output_size, activation, slope, grad)
-        mask = _mask(ours["output"], activation, slope)
-        theirs = _torch(conv, leaves, call.output_size, activation, slope, grad, mask)
+        positive = ours["output"] > 0
+        theirs = _torch(conv, leaves, call.output_size, activation, slope, grad, positive)
         exact = _torch(
             conv,
             [None if leaf is None else leaf.double() for leaf in leaves],
@@ -136,7 +140,7 @@ def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
             activation,
             slope,
             grad.double(),
-            mask.double(),
+            positive,
         )
     errors = {name: relative_error(ours[name], exact[name]) for name in exact}
     torch_errors = {name: relative_error(theirs[name], exact[name]) for name in exact}
@@ -156,7 +160,7 @@ def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """L2 norm of the difference over that of `exact`; 0 for two zeros, infinite for NaN and for other shapes."""
+    """L2 norm of the difference over that of `exact`; infinite for NaN and for other shapes."""
     if value.shape != exact.shape:
         return float("inf")
     difference = (value.double() - exact).norm().item()
@@ -170,7 +174,7 @@ Leaves = list[Tensor | None]
 
 
 def _ours(
-    conv: nn.Module,
+    conv: Fused,
     leaves: Leaves,
     output_size: list[int] | None,
     activation: str,
@@ -179,7 +183,7 @@ def _ours(
 ) -> dict[str, Tensor]:
     fresh = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in leaves]
     # A bare copy of the layer that computes with the fresh leaves, without hooks.
-    layer = type(conv).__new__(type(conv))
+    layer: Fused = object.__new__(type(conv))
     vars(layer).update(vars(conv))
     layer._parameters = {}
     layer._buffers = {}
@@ -191,36 +195,45 @@ def _ours(
         layer._buffers[name] = leaf
     if names[0] != "weight":
         layer._buffers.update(weight=fresh[1], bias=fresh[2])
-    output = run_convolution(
-        layer, fresh[0], output_size, activation=activation, negative_slope=slope
-    )  # type: ignore[arg-type]
+    x = fresh[0]
+    assert x is not None
+    if activation != conv.activation:
+        # The activation is one that a rewritten forward adds.
+        output = run_convolution(layer, x, output_size, activation=activation, negative_slope=slope)
+    elif isinstance(layer, nn.ConvTranspose2d):
+        output = layer.forward(x, output_size)
+    else:
+        output = layer.forward(x)
     return _with_gradients(output, fresh, grad)
 
 
 def _torch(
-    conv: nn.Module,
+    conv: Fused,
     leaves: Leaves,
     output_size: list[int] | None,
     activation: str,
     slope: float,
     grad: Tensor,
-    mask: Tensor,
+    positive: Tensor,
 ) -> dict[str, Tensor]:
     fresh = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in leaves]
     x, weight, bias = fresh
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     if isinstance(conv, nn.ConvTranspose2d):
-        padding = conv.output_padding
-        if output_size is not None:
-            padding = conv._output_padding(
-                x, list(output_size), conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
-            )  # type: ignore[arg-type, assignment]
         linear = nn.functional.conv_transpose2d(
-            x, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation
+            x,
+            weight,
+            bias,
+            conv.stride,
+            tuple(int(size) for size in conv.padding),
+            output_padding(conv, x, output_size),
+            conv.groups,
+            conv.dilation,
         )
     else:
-        linear = nn.Conv2d._conv_forward(conv, x, weight, bias)  # type: ignore[arg-type]
-    result = _with_gradients(linear, fresh, grad * mask)
+        linear = nn.Conv2d._conv_forward(conv, x, weight, bias)
+    result = _with_gradients(linear, fresh, _masked(grad, positive, activation, slope))
     if activation == "relu":
         result["output"] = torch.relu(result["output"])
     elif activation == "leaky_relu":
@@ -228,12 +241,11 @@ def _torch(
     return result
 
 
-def _mask(output: Tensor, activation: str, slope: float) -> Tensor:
-    """The activation's derivative, from the sign of its result."""
+def _masked(grad: Tensor, positive: Tensor, activation: str, slope: float) -> Tensor:
+    """The gradient before the activation; `positive` is where its result is above zero."""
     if activation == "none":
-        return torch.ones_like(output)
-    low = 0.0 if activation == "relu" else slope
-    return torch.where(output > 0, 1.0, low).to(output.dtype)
+        return grad
+    return torch.where(positive, grad, grad * (0.0 if activation == "relu" else slope))
 
 
 def _with_gradients(output: Tensor, leaves: Leaves, grad: Tensor) -> dict[str, Tensor]:
