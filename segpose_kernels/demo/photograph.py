@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A real photograph with landmarks: the portrait of astronaut Eileen Collins (NASA, public domain) in scikit-image.
+"""A real photograph with landmarks: astronaut Eileen Collins (NASA, public domain)
 
-One picture does not make a pose estimator. What the demo does with it, and says so: it trains the pose machine on
-random similarity warps of this one photograph and looks at warps that were not trained on. That shows that the
-model and its kernels learn, and what heatmaps look like; it says nothing about other people.
+One picture does not make a pose estimator. What the demo does with it, and says so: it trains the
+pose machine on random similarity warps of this one photograph and looks at warps that were not
+trained on. That shows that the model and its kernels learn, and what heatmaps look like; it says
+nothing about other people.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ _LANDMARKS = (
 
 @dataclass(frozen=True)
 class Photograph:
-    """Attributes: image [1, 3, 512, 512], float32 in [0, 1]; landmarks [1, 14, 2], (x, y) in its pixels."""
+    """Image [1, 3, 512, 512], float32 in [0, 1], and landmarks [1, 14, 2], (x, y) in its pixels."""
 
     image: Tensor
     landmarks: Tensor
@@ -100,7 +101,9 @@ class Photograph:
         """
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         # From the photograph to the warp, in coordinates from -1 to 1.
-        forward = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)  # [N, 2, 2]
+        forward = torch.stack(
+            (torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2
+        )  # [N, 2, 2]
         backward = torch.linalg.inv(forward)
         theta = torch.cat((backward, -backward @ (2 * shift)[..., None]), dim=-1)  # [N, 2, 3]
         count = angle.shape[0]
@@ -116,7 +119,7 @@ class Photograph:
         return images, ((warped + 1) * size - 1) / 2
 
     def sample(self, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random warps: up to 25 degrees, zoom 0.8 to 1.25, shifts of a tenth, contrast and brightness varied."""
+        """Random warps: 25 degrees, zoom 0.8 to 1.25, shifts of a tenth, contrast, brightness."""
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -141,5 +144,5 @@ def load_photograph() -> Photograph:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Images in [0, 1] to roughly zero mean and unit variance, as the pose machine takes them here."""
+    """Images in [0, 1] to roughly zero mean and unit variance, for the pose machine."""
     return (images - 0.5) * 4

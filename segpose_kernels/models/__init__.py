@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The models of the lecture "Segmentation, Pose estimation", in plain `torch.nn`.
 
-None of them knows about this package's kernels: `segpose_kernels.optimize(model)` swaps those in, and checkpoints
-pass between the plain and the optimized model unchanged.
+None of them knows about this package's kernels: `segpose_kernels.optimize(model)` swaps those in,
+and checkpoints pass between the plain and the optimized model unchanged.
 """
 
 from __future__ import annotations

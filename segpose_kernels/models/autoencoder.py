@@ -18,10 +18,10 @@ def digit_encoder() -> nn.Sequential:
 
 
 def digit_decoder(out_channels: int, *, final_activation: bool) -> nn.Sequential:
-    """Three transposed convolutions, [N, 64, 1, 1] -> [N, 32, 7, 7] -> [N, 16, 14, 14] -> [N, out_channels, 28, 28].
+    """Three transposed convolutions, [N, 64, 1, 1] -> 32x7x7 -> 16x14x14 -> [N, C, 28, 28].
 
-    `output_padding=1` picks the even one of the two extents (2*in - 1 and 2*in) that a stride-2 convolution maps
-    to the same size.
+    `output_padding=1` picks the even one of the two extents (2*in - 1 and 2*in) that a stride-2
+    convolution maps to the same size.
     """
     layers: list[nn.Module] = [
         nn.ConvTranspose2d(64, 32, 7),
@@ -38,7 +38,8 @@ def digit_decoder(out_channels: int, *, final_activation: bool) -> nn.Sequential
 class Autoencoder(nn.Module):
     """Convolutional autoencoder of the lecture; `encoder` and `decoder` are `nn.Sequential`.
 
-    Input and output are [N, 1, 28, 28], float32; the final ReLU keeps the output non-negative, as pixels are.
+    Input and output are [N, 1, 28, 28], float32; the final ReLU keeps the output non-negative, as
+    pixels are.
     """
 
     def __init__(self) -> None:
@@ -48,4 +49,5 @@ class Autoencoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[N, 1, 28, 28] -> [N, 1, 28, 28]."""
-        return self.decoder(self.encoder(image))
+        decoded: Tensor = self.decoder(self.encoder(image))
+        return decoded

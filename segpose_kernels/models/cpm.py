@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """CPM2DPose: a convolutional pose machine that answers with one heatmap for each joint.
 
-The design is that of Wei, Ramakrishna, Kanade, Sheikh, "Convolutional Pose Machines" (CVPR 2016), in the setting of
-the lecture: stages 1 to 4 encode the image, stage 5 gives a first scoremap, stages 6 and 7 refine it with 7x7
+The design is that of Wei, Ramakrishna, Kanade, Sheikh, "Convolutional Pose Machines" (CVPR 2016),
+in the setting of
+the lecture: stages 1 to 4 encode the image, stage 5 gives a first scoremap, stages 6 and 7 refine
+    it with 7x7
 convolutions over the scoremap and the encoding together.
 """
 
@@ -16,14 +18,15 @@ STRIDE = 8  # three 2x2 pools: one heatmap cell covers 8x8 pixels
 
 
 class CPM2DPose(nn.Module):
-    """Convolutional pose machine, all convolutions with bias, leaky ReLU of slope 0.01 between them.
+    """Convolutional pose machine; all convolutions have a bias, leaky ReLU (0.01) between them.
 
     Args:
         joints: number of joints J, one heatmap each; 21 are those of a hand, 14 those of a body
             (`segpose_kernels.pose`).
-        all_stages: `forward` returns the scoremaps of stages 5, 6 and 7 for intermediate supervision, as in the
-            paper, instead of the last alone.
-        width: multiplies every hidden channel count; 1 is the lecture's model, less is for quick experiments.
+        all_stages: `forward` returns the scoremaps of stages 5, 6 and 7 for intermediate
+            supervision, as in the paper, instead of the last alone.
+        width: multiplies every hidden channel count; 1 is the lecture's model, less is for quick
+            experiments.
 
     Raises:
         ValueError: if `joints` is below 1 or `width` is not above 0.
@@ -85,7 +88,7 @@ class CPM2DPose(nn.Module):
         self.conv7_7 = nn.Conv2d(c128, joints, 1)
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """[N, 3, H, W] -> heatmaps [N, J, H/8, W/8] (extents floored), or three of them with `all_stages`."""
+        """[N, 3, H, W] -> heatmaps [N, J, H/8, W/8] (floored); three of them with `all_stages`."""
         x = self.relu(self.conv1_1(image))
         x = self.relu(self.conv1_2(x))
         x = self.maxpool(x)
@@ -127,7 +130,7 @@ class CPM2DPose(nn.Module):
         x = self.relu(self.conv7_4(x))
         x = self.relu(self.conv7_5(x))
         x = self.relu(self.conv7_6(x))
-        scoremap7 = self.conv7_7(x)
+        scoremap7: Tensor = self.conv7_7(x)
 
         if self.all_stages:
             return scoremap5, scoremap6, scoremap7

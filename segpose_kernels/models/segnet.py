@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """SegNet: semantic segmentation by the autoencoder's shape with one output channel for each class.
 
-The lecture's listing has three slips. They are named here because each costs whoever copies it something:
+The lecture's listing has three slips. They are named here because each costs whoever copies it
+something:
 
-1. `super(Autoencoder, self).__init__()` inside class SegNet raises TypeError (SegNet is no Autoencoder); it is
+1. `super(Autoencoder, self).__init__()` inside class SegNet raises TypeError (SegNet is no
+Autoencoder); it is
    `super().__init__()` here.
-2. A softmax stands in front of `CrossEntropyLoss`, which applies log-softmax itself. Softmax of a softmax is nearly
-   flat, so gradients are small and the loss cannot fall below log(1 + (C - 1)/e). Training takes logits here;
-   `segpose_kernels.training.SegNetRecipe(softmax_before_loss=True)` gives the lecture's version for comparison.
-3. The final ReLU clamps logits at zero: a class whose logit is negative on every pixel gets no gradient and may never
-   come back. It is kept by default for fidelity; `final_activation=False` leaves it out. With it on,
-   `segpose_kernels.training.lift_final_bias` starts every class on the ReLU's live side.
+2. A softmax stands in front of `CrossEntropyLoss`, which applies log-softmax itself. Softmax of a
+softmax is nearly
+   flat, so gradients are small and the loss cannot fall below log(1 + (C - 1)/e). Training takes
+   logits here; `segpose_kernels.training.SegNetRecipe(softmax_before_loss=True)` gives the
+   lecture's version for comparison.
+3. The final ReLU clamps logits at zero: a class whose logit is negative on every pixel gets no
+gradient and may never
+   come back. It is kept by default for fidelity; `final_activation=False` leaves it out. With it
+   on, `segpose_kernels.training.lift_final_bias` starts every class on the ReLU's live side.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ class SegNet(nn.Module):
 
     Args:
         num_objects: number of classes C, the background included; at least 1.
-        final_activation: end in the lecture's ReLU (slip 3 above). Without it `decoder` is one module shorter; the
-            state_dict is the same.
+        final_activation: end in the lecture's ReLU (slip 3 above). Without it `decoder` is one
+            module shorter; the state_dict is the same.
 
     Raises:
         ValueError: if `num_objects` is below 1.
@@ -43,4 +48,5 @@ class SegNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[N, 1, 28, 28] -> logits [N, C, 28, 28]; the class of a pixel is the argmax over C."""
-        return self.decoder(self.encoder(image))
+        logits: Tensor = self.decoder(self.encoder(image))
+        return logits

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Joints to heatmaps and back.
 
-Coordinates are (x, y) in pixels of the image, the centre of the top-left pixel being (0, 0). A heatmap cell covers
-`stride` x `stride` pixels, so the centre of cell (row i, column j) lies at x = (j + 0.5) * stride - 0.5, and likewise
-y with i. Both directions use this one convention, and a round trip is exact up to rounding.
+Coordinates are (x, y) in pixels of the image, the centre of the top-left pixel being (0, 0). A
+heatmap cell covers `stride` x `stride` pixels, so the centre of cell (row i, column j) lies at x =
+(j + 0.5) * stride - 0.5, and likewise y with i. Both directions use this one convention, and a
+round trip is exact up to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..models.cpm import STRIDE
 
-# Heatmap values below this share of the peak are noise; they are raised to it before a logarithm is taken.
+# Heatmap values below this share of the peak are noise; they are raised to it before a logarithm is
+# taken.
 _FLOOR = 1e-2
 
 
@@ -60,13 +62,13 @@ def heatmaps_to_joints(
     stride: int = STRIDE,
     refine: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Joints [N, J, 2] as (x, y) in image pixels, and their scores [N, J], the heatmaps' peak values.
+    """Joints [N, J, 2], (x, y) in image pixels, and scores [N, J], the heatmaps' peak values.
 
-    The peak is the argmax; with `refine` it moves, by at most half a cell on each axis, to the vertex of the parabola
-    through the logarithms of the peak and its two neighbours. For a Gaussian, whose logarithm is a parabola, that is
-    exact. (The idea is that of Zhang et al., "Distribution-Aware Coordinate Representation for Human Pose Estimation",
-    CVPR 2020, one axis at a time.) A peak on the border is not refined along that axis, nor is one that is not
-    positive.
+    The peak is the argmax; with `refine` it moves, by at most half a cell on each axis, to the
+    vertex of the parabola through the logarithms of the peak and its two neighbours. For a
+    Gaussian, whose logarithm is a parabola, that is exact. (The idea is that of Zhang et al.,
+    "Distribution-Aware Coordinate Representation for Human Pose Estimation", CVPR 2020, one axis at
+    a time.) A peak on the border is not refined along that axis, nor is one that is not positive.
 
     Raises:
         ValueError: for a shape that is not [N, J, H, W], or with no cell.
@@ -87,12 +89,14 @@ def heatmaps_to_joints(
 
 
 def _vertex(log: Tensor, peak: Tensor, step: int, inside: Tensor) -> Tensor:
-    """Offset in [-0.5, 0.5] of the parabola's vertex through `peak - step`, `peak` and `peak + step`; 0 outside."""
+    """Offset, at most half a cell, of the vertex of the parabola through peak and neighbours."""
 
     def at(index: Tensor) -> Tensor:
         return log.gather(2, torch.where(inside, index, peak)[..., None])[..., 0]
 
     before, centre, after = at(peak - step), at(peak), at(peak + step)
     curvature = before - 2 * centre + after
-    offset = torch.where(curvature < 0, 0.5 * (before - after) / curvature, torch.zeros_like(curvature))
+    offset = torch.where(
+        curvature < 0, 0.5 * (before - after) / curvature, torch.zeros_like(curvature)
+    )
     return torch.where(inside, offset.clamp(-0.5, 0.5), torch.zeros_like(offset))

@@ -11,9 +11,11 @@ def _distances(predicted: Tensor, true: Tensor) -> Tensor:
     """Euclidean distances [N, J] between [N, J, 2] and [N, J, 2]."""
     if predicted.shape != true.shape or predicted.shape[-1:] != (2,) or predicted.dim() != 3:
         raise ValueError(
-            f"predicted and true must both be [N, J, 2], got {list(predicted.shape)} and {list(true.shape)}"
+            "predicted and true must both be [N, J, 2], got "
+            f"{list(predicted.shape)} and {list(true.shape)}"
         )
-    return torch.linalg.vector_norm(predicted - true, dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(predicted - true, dim=-1)
+    return distances
 
 
 def mean_joint_error(predicted: Tensor, true: Tensor, visible: Tensor | None = None) -> float:
@@ -41,9 +43,9 @@ def percentage_correct_per_joint(
 ) -> Tensor:
     """PCK for each joint, [J], as shares between 0 and 1; NaN for a joint that is never visible.
 
-    A joint is correct if it is at most `threshold * reference_length` from the truth (Yang and Ramanan, "Articulated
-    Human Detection with Flexible Mixtures of Parts", 2013). With the head's length as reference and a threshold of
-    0.5 this is PCKh.
+    A joint is correct if it is at most `threshold * reference_length` from the truth (Yang and
+    Ramanan, "Articulated Human Detection with Flexible Mixtures of Parts", 2013). With the head's
+    length as reference and a threshold of 0.5 this is PCKh.
 
     Args:
         predicted, true: [N, J, 2].

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class Skeleton:
 
     Attributes:
         name: what the skeleton is of.
-        joints: J names; a joint's index is its channel in heatmaps and its row in [N, J, 2] coordinates.
+        joints: J names; a joint's index is its channel in heatmaps and its row in [N, J, 2]
+            coordinates.
         limbs: pairs of names.
 
     Raises:
@@ -28,7 +30,9 @@ class Skeleton:
             raise ValueError(f"skeleton {self.name!r} names a joint twice: {self.joints}")
         unknown = {joint for limb in self.limbs for joint in limb} - set(self.joints)
         if unknown:
-            raise ValueError(f"limbs of skeleton {self.name!r} name unknown joints: {sorted(unknown)}")
+            raise ValueError(
+                f"limbs of skeleton {self.name!r} name unknown joints: {sorted(unknown)}"
+            )
 
     def __len__(self) -> int:
         return len(self.joints)
@@ -44,7 +48,7 @@ class Skeleton:
 
     @property
     def mirror(self) -> tuple[int, ...]:
-        """Joint indices after a left-right flip: `joints[:, mirror]` renames left to right and back."""
+        """Indices that rename left to right and back: `joints[:, mirror]` after a flip."""
 
         def mirrored(joint: str) -> str:
             if joint.startswith("left_"):
@@ -58,19 +62,22 @@ class Skeleton:
 
 def _body() -> Skeleton:
     parts = ("foot", "knee", "hip", "shoulder", "elbow", "hand")
-    joints = [f"{side}_{part}" for part in parts for side in ("left", "right")] + ["neck", "head_top"]
+    joints = [f"{side}_{part}" for part in parts for side in ("left", "right")] + [
+        "neck",
+        "head_top",
+    ]
     limbs = [("head_top", "neck"), ("left_hip", "right_hip")]
     for side in ("left", "right"):
         chain = ["neck", f"{side}_shoulder", f"{side}_elbow", f"{side}_hand"]
-        limbs += zip(chain, chain[1:], strict=False)
+        limbs += pairwise(chain)
         chain = [f"{side}_shoulder", f"{side}_hip", f"{side}_knee", f"{side}_foot"]
-        limbs += zip(chain, chain[1:], strict=False)
+        limbs += pairwise(chain)
     return Skeleton("body", tuple(joints), tuple(limbs))
 
 
 def _hand() -> Skeleton:
     joints = ["wrist"]
-    limbs = []
+    limbs: list[tuple[str, str]] = []
     segments = {
         "thumb": ("cmc", "mcp", "ip", "tip"),
         "index": ("mcp", "pip", "dip", "tip"),
@@ -81,7 +88,7 @@ def _hand() -> Skeleton:
     for finger, names in segments.items():
         chain = ["wrist", *(f"{finger}_{name}" for name in names)]
         joints += chain[1:]
-        limbs += zip(chain, chain[1:], strict=False)
+        limbs += pairwise(chain)
     return Skeleton("hand", tuple(joints), tuple(limbs))
 
 

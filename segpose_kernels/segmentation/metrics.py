@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Metrics of semantic segmentation, all read off one confusion matrix, so that batches may be summed first."""
+"""Metrics of semantic segmentation, read off a confusion matrix, which batches may be summed to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def confusion_matrix(predicted: Tensor, true: Tensor, num_classes: int) -> Tenso
     """
     if predicted.shape != true.shape:
         raise ValueError(
-            f"predicted and true must have one shape, got {list(predicted.shape)} and {list(true.shape)}"
+            "predicted and true must have one shape, got "
+            f"{list(predicted.shape)} and {list(true.shape)}"
         )
     for name, classes in (("predicted", predicted), ("true", true)):
         if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
@@ -29,7 +30,7 @@ def confusion_matrix(predicted: Tensor, true: Tensor, num_classes: int) -> Tenso
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, [C], float64; NaN for a class neither true nor predicted anywhere."""
+    """Intersection over union of each class, [C], float64; NaN for a class that occurs nowhere."""
     counts = confusion.double()
     intersection = counts.diagonal()
     return intersection / (counts.sum(dim=0) + counts.sum(dim=1) - intersection)

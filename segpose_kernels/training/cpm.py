@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import CPM2DPose
 from ..pose import heatmaps_to_joints, joints_to_heatmaps
 from .loop import History, fit
 
 PoseBatch = tuple[Tensor, Tensor]
 """Images [N, 3, H, W] and joints [N, J, 2], (x, y) in pixels."""
+
+_SCOREMAP_LAYERS = ("conv5_2", "conv6_7", "conv7_7")
+_SCOREMAP_SCALE = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,26 @@ class PoseRecipe:
 def initialise(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """Kaiming-normal weights for leaky ReLU and zero biases for every convolution, in place.
 
-    torch's default keeps about a sixth of a signal's variance a layer. After the 15 layers to the encoding of a pose
-    machine nothing but biases is left, and training starts with a long plateau; with this the variance is kept.
+    torch's default keeps about a sixth of a signal's variance a layer. After the 15 layers to the
+    encoding of a pose machine nothing but biases is left, and training starts with a long plateau;
+    with this the variance is kept. The layers that give a pose machine's scoremaps are scaled down,
+    so that the first heatmaps are nearer to the targets, which are almost everywhere zero.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu", generator=generator)
+            nn.init.kaiming_normal_(
+                module.weight, a=0.01, nonlinearity="leaky_relu", generator=generator
+            )
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if name in _SCOREMAP_LAYERS:
+                with torch.no_grad():
+                    module.weight.mul_(_SCOREMAP_SCALE)
     return model
 
 
 def heatmap_loss(predicted: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
-    """Squared error summed over joints and cells, over all stages given (intermediate supervision), mean over images.
+    """Squared error, summed over joints, cells and stages (all supervised), mean over images.
 
     Args:
         predicted: heatmaps [N, J, H/8, W/8], or one such for each stage.
@@ -66,14 +75,14 @@ def heatmap_loss(predicted: Tensor | tuple[Tensor, ...], target: Tensor) -> Tens
 
 
 def train_pose_machine(
-    model: CPM2DPose,
+    model: nn.Module,
     sample: Callable[[int, torch.Generator], PoseBatch],
     recipe: PoseRecipe | None = None,
     *,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool = False,
 ) -> History:
-    """Train on heatmaps. `sample(batch_size, generator)` draws a batch; the model may be optimized."""
+    """Train on heatmaps; `sample(batch_size, generator)` draws a batch."""
     recipe = recipe or PoseRecipe()
 
     def loss_of(model: nn.Module, batch: PoseBatch) -> Tensor:
@@ -103,18 +112,21 @@ def train_joint_regression(
 
 
 def predict_joints(model: nn.Module, images: Tensor) -> Tensor:
-    """Joints [N, J, 2] in pixels, from a model that answers with heatmaps (or a tuple of them) or with coordinates."""
+    """Joints [N, J, 2] in pixels, from a model that answers with heatmaps or with coordinates."""
     answer = model(images)
     if isinstance(answer, tuple):
         answer = answer[-1]
     if answer.dim() == 4:
         return heatmaps_to_joints(answer)[0]
-    return answer * _extent(images)
+    joints: Tensor = answer * _extent(images)
+    return joints
 
 
 def _extent(images: Tensor) -> Tensor:
     """(W, H) of images [N, 3, H, W]."""
-    return torch.tensor([images.shape[3], images.shape[2]], dtype=images.dtype, device=images.device)
+    return torch.tensor(
+        [images.shape[3], images.shape[2]], dtype=images.dtype, device=images.device
+    )
 
 
 def _train(

@@ -26,7 +26,7 @@ class Evaluation:
 
 @dataclass
 class History:
-    """What happened: the loss of every step, the evaluations, the wall time in seconds (evaluations included)."""
+    """The loss of every step, the evaluations, the wall time in seconds (evaluations included)."""
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -59,8 +59,8 @@ def fit(
         loss_of: scalar loss of the model on a batch.
         optimizer, scheduler: the scheduler, if any, is stepped after every optimizer step.
         steps: number of optimizer steps.
-        evaluate: metrics by name, called in eval mode under no_grad every `evaluate_every` steps (0: never before
-            the end) and after the last one.
+        evaluate: metrics by name, called in eval mode under no_grad every `evaluate_every` steps
+            (0: never before the end) and after the last one.
         progress: show a progress bar, with rich if it is installed and as plain lines if not.
         title: what the progress bar calls this.
 
@@ -78,7 +78,7 @@ def fit(
                 raise RuntimeError(f"{title}: the batches ended after {step - 1} of {steps} steps")
             loss = loss_of(model, batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -96,7 +96,9 @@ def fit(
 
 
 @contextmanager
-def _progress_bar(title: str, steps: int, show: bool) -> Iterator[Callable[[dict[str, float]], None]]:
+def _progress_bar(
+    title: str, steps: int, show: bool
+) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yields a function to call after each step with the numbers to show."""
     if not show:
         yield lambda numbers: None
@@ -108,11 +110,10 @@ def _progress_bar(title: str, steps: int, show: bool) -> Iterator[Callable[[dict
         return
     columns: list[Any] = [
         rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(bar_width=24),
+        rich_progress.BarColumn(bar_width=14),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[numbers]}"),
         rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("left"),
         rich_progress.TimeRemainingColumn(),
     ]
     with rich_progress.Progress(*columns) as bar:
@@ -134,4 +135,7 @@ def _line_printer(title: str, steps: int) -> Callable[[dict[str, float]], None]:
 
 
 def _format(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+    """The loss and the first metric; more would not fit a terminal's width."""
+    return "  ".join(
+        f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(numbers.items())[:2]
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training SegNet as in the lecture: images and masks, cross entropy over classes, several epochs."""
+"""Training SegNet as in the lecture: images and masks, cross entropy, several epochs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ class SegNetRecipe:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step.
-        learning_rate: peak of Adam's one-cycle schedule (a fifth of the steps rising, the rest falling).
-        max_shift: every image is shifted by up to this many pixels on each axis, anew in each epoch; 0 for none.
+        learning_rate: peak of Adam's one-cycle schedule (a fifth of the steps rising, the rest
+            falling).
+        max_shift: every image is shifted by up to this many pixels on each axis, anew in each
+            epoch; 0 for none.
         final_bias: start of the final bias where the model ends in ReLU (`lift_final_bias`).
-        softmax_before_loss: the lecture's softmax in front of CrossEntropyLoss, which applies one itself: off, and
-            here to show the difference (`segpose_kernels.models.segnet` says what it costs).
+        softmax_before_loss: the lecture's softmax in front of CrossEntropyLoss, which applies one
+            itself: off, and here to show the difference (`segpose_kernels.models.segnet` says what
+            it costs).
         seed: for the order of images and the shifts.
     """
 
@@ -42,29 +45,33 @@ class SegNetRecipe:
     seed: int = 0
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor, *, softmax_before_loss: bool = False) -> Tensor:
+def segmentation_loss(
+    logits: Tensor, masks: Tensor, *, softmax_before_loss: bool = False
+) -> Tensor:
     """Cross entropy of logits [N, C, H, W] with masks [N, H, W] (int64), mean over pixels."""
     return F.cross_entropy(logits.softmax(dim=1) if softmax_before_loss else logits, masks)
 
 
 def lift_final_bias(model: nn.Module, value: float) -> None:
-    """Set the final bias of a SegNet that ends in ReLU, so that no class starts on the ReLU's dead side.
+    """Set the final bias of a SegNet that ends in ReLU, so that no class starts dead.
 
-    A logit the ReLU clamps on every pixel gets no gradient. From torch's own initialisation most seeds lose one to
-    three of the eleven classes' logits for long or for good, which costs several hundredths of mean IoU; with a start
-    of 3 none was lost.
-    The softmax does not see a constant added to all logits, so the start is otherwise the same.
+    A logit the ReLU clamps on every pixel gets no gradient. From torch's own initialisation most
+    seeds lose one to three of the eleven classes' logits for long or for good, which costs several
+    hundredths of mean IoU; with a start of 3 none was lost. The softmax does not see a constant
+    added to all logits, so the start is otherwise the same.
     """
     with torch.no_grad():
         dict(model.named_parameters())[_FINAL_BIAS].fill_(value)
 
 
 def shifted(images: Tensor, masks: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [N, 1, H, W] and masks [N, H, W], each shifted right by dx [N] and down by dy [N]; zeros move in."""
+    """Images [N, 1, H, W] and masks [N, H, W], moved right by dx [N] and down by dy [N]."""
     count, _, height, width = images.shape
     rows = torch.arange(height) - dy[:, None]  # [N, H]
     columns = torch.arange(width) - dx[:, None]  # [N, W]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, :
+    ]
     at = (
         torch.arange(count)[:, None, None],
         rows.clamp(0, height - 1)[:, :, None],
@@ -74,10 +81,11 @@ def shifted(images: Tensor, masks: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tens
 
 
 def batches_of(data: Digits, recipe: SegNetRecipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images, masks) batches: a new order and new shifts in each epoch, decided by the seed alone."""
+    """Endless (images, masks) batches: each epoch in a new order with new shifts, by the seed."""
     generator = torch.Generator().manual_seed(recipe.seed)
     while True:
-        for index in torch.randperm(len(data), generator=generator).split(recipe.batch_size):
+        order = torch.randperm(len(data), generator=generator)
+        for index in torch.split(order, recipe.batch_size):
             images, masks = data.images[index], data.masks[index]
             if recipe.max_shift:
                 low, high = -recipe.max_shift, recipe.max_shift + 1
@@ -89,7 +97,9 @@ def batches_of(data: Digits, recipe: SegNetRecipe) -> Iterator[tuple[Tensor, Ten
 def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes [N, H, W], int64, of images [N, 1, H, W]."""
     with torch.no_grad():
-        return torch.cat([model(part).argmax(dim=1) for part in images.split(_EVALUATION_BATCH)])
+        return torch.cat(
+            [model(part).argmax(dim=1) for part in torch.split(images, _EVALUATION_BATCH)]
+        )
 
 
 def evaluate_segnet(model: nn.Module, data: Digits, num_classes: int) -> dict[str, float]:
@@ -107,7 +117,7 @@ def train_segnet(
     num_classes: int = 11,
     progress: bool = False,
 ) -> History:
-    """Train a SegNet, plain or optimized, in place; evaluated on `held_out` after every second epoch and the last.
+    """Train a SegNet, plain or optimized, in place; evaluate on `held_out` every second epoch.
 
     The final bias is lifted first if the model ends in ReLU.
     """
@@ -117,7 +127,9 @@ def train_segnet(
 
     def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, masks = batch
-        return segmentation_loss(model(images), masks, softmax_before_loss=recipe.softmax_before_loss)
+        return segmentation_loss(
+            model(images), masks, softmax_before_loss=recipe.softmax_before_loss
+        )
 
     epoch_steps = -(-len(train) // recipe.batch_size)
     steps = recipe.epochs * epoch_steps
