@@ -640,6 +640,14 @@ def test_memory_format_stays_where_strides_matter() -> None:
     )
 
 
+def test_memory_format_stays_where_random_numbers_follow_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 1))
+    report = swap_and_check(model)
+    assert "Dropout, which draws in memory order" in report.memory_format_reason
+    assert optimize(model.eval(), mode="inference")[1].memory_format == "channels_last"
+    assert optimize(zoo.discriminator())[1].memory_format == "channels_last"
+
+
 def test_wrappers() -> None:
     model = nn.DataParallel(zoo.PoseMachine())
     wrapped, report = optimize(model)
@@ -727,6 +735,16 @@ def test_the_lectures_models_are_fused_completely() -> None:
         report = swap_and_check(model, shape, strict=True)
         assert len(report.fused) == count
         assert report.memory_format == "channels_last"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("build", [zoo.PoseMachine, zoo.Functional])
+def test_exported_model(build: Callable[[], nn.Module]) -> None:
+    model = build().eval()
+    x = torch.randn(2, model.conv1.in_channels if hasattr(model, "conv1") else 4, 8, 8)
+    optimize(model)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 # Dynamo looks at the gradient of any tensor that enters a frame, here the output's in a hook.

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -52,6 +53,16 @@ class RewrittenForward:
                 scope,
             )
             self.compiled[training] = scope["forward"]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The class's own forward, for what reads a signature."""
+        return type(self.owner).forward.__get__(self.owner)
+
+    @property
+    def __code__(self) -> CodeType:
+        """The class's own, for torch.export, which reads the argument names there."""
+        return type(self.owner).forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "compiled": {}}

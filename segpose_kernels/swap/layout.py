@@ -21,6 +21,13 @@ _STRIDE_NAMES = """
     unfold data view_as_real view_as_complex
 """
 _STRIDE_METHODS = frozenset(_STRIDE_NAMES.split())
+# What draws random numbers in memory order: other strides, another result from the same seed.
+_RANDOM_NAMES = """
+    dropout alpha_dropout rrelu rand_like randn_like randint_like bernoulli bernoulli_ normal_
+    uniform_ random_ exponential_ cauchy_ log_normal_ geometric_ poisson
+"""
+_RANDOM = frozenset(_RANDOM_NAMES.split())
+_RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 _LAYER_NAMES = """
     conv batchnorm pooling dropout padding upsampling pixelshuffle flatten linear normalization
     instancenorm channelshuffle container
@@ -30,17 +37,35 @@ _OPERATORS = frozenset(value for value in vars(operator).values() if callable(va
 
 
 def why_not_channels_last(
-    model: nn.Module, traces: list[ForwardTrace], untraceable: dict[str, str]
+    model: nn.Module,
+    traces: list[ForwardTrace],
+    untraceable: dict[str, str],
+    *,
+    training: bool,
 ) -> str:
-    """What in the model may depend on strides; empty if nothing does."""
+    """What in the model may depend on strides; empty if nothing does.
+
+    Without `training` only what runs in eval mode counts, where dropout does nothing.
+    """
     for name, reason in untraceable.items():
         return f"the forward of {name or type(model).__name__} cannot be read: {reason}"
     traced = {id(trace.owner) for trace in traces}
     for trace in traces:
+        if trace.training and not training:
+            continue
         for node in trace.graph.nodes:
-            reason = _why_stride_dependent(trace, node, traced)
+            reason = _why_random(trace, node) if trace.training else ""
+            reason = reason or _why_stride_dependent(trace, node, traced)
             if reason:
                 return f"{trace.name or type(model).__name__} uses {reason}"
+    return ""
+
+
+def _why_random(trace: ForwardTrace, node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    module = trace.module_of(node)
+    if isinstance(module, _RANDOM_MODULES) or (module is None and name in _RANDOM):
+        return f"{type(module).__name__ if module else name}, which draws in memory order"
     return ""
 
 

@@ -239,7 +239,12 @@ def _choose_format(analysis: Analysis, journal: Journal, memory_format: str) -> 
     report.memory_format = memory_format
     report.memory_format_reason = "as asked"
     if memory_format == "auto":
-        reason = why_not_channels_last(analysis.model, analysis.traces, analysis.untraceable)
+        reason = why_not_channels_last(
+            analysis.model,
+            analysis.traces,
+            analysis.untraceable,
+            training=report.mode == "train",
+        )
         report.memory_format = "preserve_format" if reason else "channels_last"
         report.memory_format_reason = reason or "nothing in the model depends on strides"
     if report.memory_format != "channels_last":

@@ -112,8 +112,8 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
             start = _modes()
             graph = tracer.trace(clone)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
-            text = str(error).strip() or type(error).__name__
-            raise UntraceableError(f"{type(error).__name__}: {text.splitlines()[0]}") from error
+            first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
+            raise UntraceableError(f"{type(error).__name__}: {first}") from error
         finally:
             recorded.clear()
             random.setstate(python_state)
