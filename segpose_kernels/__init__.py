@@ -11,14 +11,20 @@ from __future__ import annotations
 from . import nn
 from .functional import conv2d_act, conv_transpose2d_act
 from .nn import Conv2dAct, ConvTranspose2dAct
+from .swap import SwapReport, explain, optimize, restore, validate
 
 __all__ = [
     "Conv2dAct",
     "ConvTranspose2dAct",
+    "SwapReport",
     "__version__",
     "conv2d_act",
     "conv_transpose2d_act",
+    "explain",
     "nn",
+    "optimize",
+    "restore",
+    "validate",
 ]
 
 __version__ = "0.1.0"

@@ -195,7 +195,10 @@ def _select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return asked
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select_for_compile(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """`select` as a constant of the graph, so that no guard on the table is left behind."""
     return _select(requested, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
+select_for_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
