@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.nn import Conv2dAct
-from segpose_kernels.swap import explain, optimize, validate
-
-validate_module = sys.modules["segpose_kernels.swap.validate"]
+from segpose_kernels.swap import checks, explain, optimize, validate
 
 
 def test_explain_counts_operations_of_both_kinds() -> None:
@@ -136,13 +133,13 @@ def test_validate_finds_a_fault(quantity: str, monkeypatch: pytest.MonkeyPatch) 
     optimize(model)
     x = torch.randn(1, 3, 8, 8)
     assert validate(model, x)
-    original = validate_module._ours
+    original = checks._ours
 
     def faulty(*args: object) -> dict[str, Tensor]:
         values = original(*args)
         return {**values, quantity: values[quantity] * 1.0001}
 
-    monkeypatch.setattr(validate_module, "_ours", faulty)
+    monkeypatch.setattr(checks, "_ours", faulty)
     report = validate(model, x)
     assert not report.passed
     assert "NO" in str(report)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Putting the fused kernels into a model that is already there, and looking at them in it.
 
-`find` analyses (with `trace`, `source`, `hidden` and `links`), `optimize` changes the model,
-`journal` holds what `restore` needs, `explain` and `validate` look at the result.
+`find` analyses a model, with `trace` (graphs), `source`, `hidden` and `links` (what graphs do not
+show) and `mutation`; `apply` changes it, with the modules of `pieces` and the code of `forward`;
+`journal` holds what `restore` needs; `plans` and `checks` look at the result.
 """
 
 from __future__ import annotations
 
-from .explain import Explanation, explain
-from .optimize import optimize, restore
+from .apply import optimize, restore
+from .checks import Validation, validate
+from .plans import Explanation, explain
 from .report import SwapError, SwapReport, SwapRow
-from .validate import Validation, validate
 
 __all__ = [
     "Explanation",

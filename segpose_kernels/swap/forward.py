@@ -57,7 +57,8 @@ class RewrittenForward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The class's own forward, for what reads a signature."""
-        return type(self.owner).forward.__get__(self.owner)
+        bound: Callable[..., Any] = type(self.owner).forward.__get__(self.owner)
+        return bound
 
     @property
     def __code__(self) -> CodeType:
