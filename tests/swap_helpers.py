@@ -14,11 +14,7 @@ from torch.utils import _pytree as pytree
 from segpose_kernels.swap import SwapReport, optimize, restore
 
 # Plain and swapped models compute in float64, so that only a difference of meaning can show.
-
-
-# Plain and swapped models compute in float64, so that only a difference of meaning can show.
 TOLERANCE = 1e-9
-
 
 IMAGE = (2, 3, 16, 16)
 

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from segpose_kernels.swap import optimize, restore
 
-# Plain and swapped models compute in float64, so that only a difference of meaning can show.
-
-
 # Name, model, what each convolution is fused with.
 FUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], dict[str, str]]] = [
     (

@@ -18,9 +18,6 @@ from torch.nn.utils import prune
 
 from segpose_kernels.swap import SwapError, optimize
 
-# Plain and swapped models compute in float64, so that only a difference of meaning can show.
-
-
 # Name, model, a word of the reason; the activation stays on its own and nothing changes.
 SEPARATE: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
     ("data-dependent branch", zoo.DataDependent, IMAGE, "cannot be traced"),

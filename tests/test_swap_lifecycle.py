@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from segpose_kernels.nn import Conv2dAct, ConvTranspose2dAct
 from segpose_kernels.swap import SwapError, optimize, restore
 
-# Plain and swapped models compute in float64, so that only a difference of meaning can show.
-
 
 def test_hook_added_to_a_rewritten_layer_later() -> None:
     model = zoo.Functional()
