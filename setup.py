@@ -31,6 +31,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/passes.cpp",
     "csrc/cpu/staging.cpp",
     "csrc/cpu/wgrad.cpp",
+    "csrc/cpu/winograd.cpp",
 ]
 
 

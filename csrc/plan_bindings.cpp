@@ -150,11 +150,12 @@ PYBIND11_MODULE(_plan, m) {
       .def("__str__", &Plan::str);
   m.def(
       "plan",
-      [](const ConvProblem& problem, const std::string& op, const std::string& dtype, std::optional<std::string> isa) {
-        return plan_conv(problem, parse_pass(op), parse_dtype(dtype), isa ? parse_isa(*isa) : selected_isa());
+      [](const ConvProblem& problem, const std::string& op, const std::string& dtype, std::optional<std::string> isa,
+         bool exact) {
+        return plan_conv(problem, parse_pass(op), parse_dtype(dtype), isa ? parse_isa(*isa) : selected_isa(), exact);
       },
       py::arg("problem"), py::arg("op") = "fprop", py::arg("dtype") = "float32", py::arg("isa") = std::nullopt,
-      "The plan of one pass (fprop, dgrad, wgrad).");
+      py::arg("exact") = false, "The plan of one pass (fprop, dgrad, wgrad).");
   m.def("phases", &dgrad_phases, py::arg("problem"), "The dgrad phases of a problem, heaviest first.");
   m.def("cpu_features", [] {
     std::map<std::string, bool> features;
@@ -167,5 +168,11 @@ PYBIND11_MODULE(_plan, m) {
     return names;
   });
   m.def("selected_isa", [] { return std::string(isa_name(selected_isa())); });
-  m.def("compiler", [] { return std::string(__VERSION__); });
+  m.def("compiler", [] { 
+#if defined(__clang__)
+    return std::string("Clang ") + __clang_version__;
+#else
+    return std::string("GCC ") + __VERSION__;
+#endif
+   });
 }

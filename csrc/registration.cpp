@@ -18,4 +18,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "conv_transpose2d_act_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor weight, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
+  m.def("set_exact(bool exact) -> bool");
+  m.def("release_workspace() -> int");
 }

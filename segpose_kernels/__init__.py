@@ -11,6 +11,7 @@ from __future__ import annotations
 from . import nn
 from .functional import conv2d_act, conv_transpose2d_act
 from .nn import Conv2dAct, ConvTranspose2dAct
+from .settings import precision, release_workspace
 from .swap import SwapReport, explain, optimize, restore, validate
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "explain",
     "nn",
     "optimize",
+    "precision",
+    "release_workspace",
     "restore",
     "validate",
 ]

@@ -82,9 +82,12 @@ inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const
     problem.p = conv_extent(problem.h, problem.r, stride[0], padding[0], dilation[0]);
     problem.q = conv_extent(problem.w, problem.s, stride[1], padding[1], dilation[1]);
   }
-  STD_TORCH_CHECK(problem.h > 0 && problem.w > 0 && problem.p > 0 && problem.q > 0,
-                  "segpose: output size is too small: input ", input.size(2), " x ", input.size(3), ", output ",
-                  attributes.transposed ? problem.h : problem.p, " x ", attributes.transposed ? problem.w : problem.q);
+  const int64_t out_h = attributes.transposed ? problem.h : problem.p;
+  const int64_t out_w = attributes.transposed ? problem.w : problem.q;
+  STD_TORCH_CHECK(problem.n == 0 || (input.size(2) > 0 && input.size(3) > 0),
+                  "segpose: only the batch may be empty, got input ", input.size(2), " x ", input.size(3));
+  STD_TORCH_CHECK(out_h > 0 && out_w > 0,
+                  "segpose: output size is too small: input ", input.size(2), " x ", input.size(3), ", output ", out_h, " x ", out_w);
   return problem;
 }
 

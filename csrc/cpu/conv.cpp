@@ -5,10 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <tuple>
 
 #include "../common/checks.h"
 #include "passes.h"
+#include "workspace.h"
 
 namespace segpose {
 namespace {
@@ -17,6 +20,13 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
+
+// Leaves out Winograd; read once at the start of a pass.
+std::atomic<bool> exact_algorithms{false};
+
+bool set_exact(bool exact) { return exact_algorithms.exchange(exact); }
+
+int64_t release_workspace() { return WorkspacePool::instance().clear(); }
 
 DType to_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -47,10 +57,6 @@ Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor allocate_bytes(int64_t bytes, const Tensor& like) {
-  return torch::stable::empty({std::max<int64_t>(bytes, 1)}, ScalarType::Byte, std::nullopt, like.device());
-}
-
 // torch's thread pool.
 Executor torch_executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
@@ -70,7 +76,7 @@ Ints shape_of(const ConvProblem& problem, bool x_shaped) {
 
 void run_gather(const ConvProblem& problem, Pass pass, const TensorView& source, const Tensor& weight,
                 const OptionalTensor& bias, const Tensor& destination, const Epilogue& epilogue) {
-  const Plan plan = plan_conv(problem, pass, to_dtype(weight), selected_isa());
+  const Plan plan = plan_conv(problem, pass, to_dtype(weight), selected_isa(), exact_algorithms);
   const Executor executor = torch_executor();
   const GatherPass request{&plan,
                            source,
@@ -79,8 +85,8 @@ void run_gather(const ConvProblem& problem, Pass pass, const TensorView& source,
                            bias.has_value() ? bias->stride(0) : 0,
                            view_of(destination),
                            epilogue};
-  const Tensor workspace = allocate_bytes(gather_workspace(request, executor.workers), weight);
-  run_gather_pass(request, workspace.data_ptr(), executor);
+  const Workspace workspace(gather_workspace(request, executor.workers), weight);
+  run_gather_pass(request, workspace.data(), executor);
 }
 
 // act(bias) everywhere: what a convolution over no channels gives.
@@ -118,7 +124,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
 // What the passes of a backward share: dy after the activation's gradient, as channel rows or in place.
 struct MaskedGradient {
   TensorView view;
-  Tensor storage;
+  std::unique_ptr<Workspace> storage;  // null when read in place
 };
 
 MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& output, const Epilogue& epilogue,
@@ -127,7 +133,7 @@ MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& ou
   const DType compute = compute_dtype_of(grad.dtype);
   const bool masked = epilogue.activation != Activation::none;
   const bool in_place = !masked && grad.has_channel_rows(compute);
-  MaskedGradient result{grad, grad_output};
+  MaskedGradient result{grad, nullptr};
   if (in_place && !grad_bias.has_value()) return result;
   GradientPass pass{grad,         nullptr, epilogue, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
                     grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
@@ -137,13 +143,13 @@ MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& ou
     pass.output = &output_view;
   }
   if (!in_place) {
-    result.storage = allocate_bytes(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
-    pass.masked.data = result.storage.data_ptr();
+    result.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
+    pass.masked.data = result.storage->data();
     result.view = pass.masked;
   }
   const Executor executor = torch_executor();
-  const Tensor workspace = allocate_bytes(gradient_workspace(pass, executor.workers), grad_output);
-  run_gradient_pass(pass, workspace.data_ptr(), executor);
+  const Workspace workspace(gradient_workspace(pass, executor.workers), grad_output);
+  run_gradient_pass(pass, workspace.data(), executor);
   return result;
 }
 
@@ -152,8 +158,8 @@ void run_wgrad(const ConvProblem& problem, const TensorView& grad, const TensorV
   const Plan plan = plan_conv(problem, Pass::wgrad, to_dtype(grad_weight), selected_isa());
   const Executor executor = torch_executor();
   const WgradPass pass{&plan, grad, activation, filter_of(grad_weight)};
-  const Tensor workspace = allocate_bytes(wgrad_workspace(pass, executor.workers), grad_weight);
-  run_wgrad_pass(pass, workspace.data_ptr(), executor);
+  const Workspace workspace(wgrad_workspace(pass, executor.workers), grad_weight);
+  run_wgrad_pass(pass, workspace.data(), executor);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input,
@@ -232,4 +238,9 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
   m.impl("conv2d_act_backward", TORCH_BOX(&segpose::conv2d_act_backward));
   m.impl("conv_transpose2d_act", TORCH_BOX(&segpose::conv_transpose2d_act));
   m.impl("conv_transpose2d_act_backward", TORCH_BOX(&segpose::conv_transpose2d_act_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
+  m.impl("set_exact", TORCH_BOX(&segpose::set_exact));
+  m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));
 }

@@ -20,12 +20,31 @@ FilterStrides strides_for(const Plan& plan, const FilterView& filter) {
   return {group, filter.stride_c, filter.stride_k};
 }
 
-// [from][nr] of one tap.
+}  // namespace
+
+PackedFilter::PackedFilter(const Plan& plan) {
+  for (const Phase& phase : plan.phases) {
+    phase_offsets_.push_back(size_);
+    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() *
+             plan.gemm_groups();
+  }
+}
+
+int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t group, const Panel& panel) const {
+  const int64_t rows = static_cast<int64_t>(plan.phases[static_cast<size_t>(phase)].taps.size()) * plan.depth();
+  return rows * (group * plan.padded_columns() + panel.column);
+}
+
 template <class T>
-void pack_tap(const void* data, DType dtype, int64_t start, const FilterStrides& strides, int64_t from, int64_t columns,
-              int64_t nr, T* packed) {
-  if (dtype == compute_dtype<T>()) {
-    const T* source = static_cast<const T*>(data) + start;
+void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel, int64_t begin,
+              int64_t from, T* packed) {
+  const FilterStrides strides = strides_for(plan, filter);
+  const int64_t start = group * strides.group + panel.column * strides.column + begin * strides.from +
+                        tap.r * filter.stride_r + tap.s * filter.stride_s;
+  const int64_t columns = panel.columns;
+  const int64_t nr = panel.nr;
+  if (filter.dtype == compute_dtype<T>()) {
+    const T* source = static_cast<const T*>(filter.data) + start;
     if (strides.from == 1) {
       // Reads whole lines and writes 16 rows of the panel at a time, which stay in L1.
       constexpr int64_t kRows = 16;
@@ -44,7 +63,7 @@ void pack_tap(const void* data, DType dtype, int64_t start, const FilterStrides&
   } else {
     for (int64_t i = 0; i < from; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        packed[i * nr + j] = load_element<T>(data, dtype, start + i * strides.from + j * strides.column);
+        packed[i * nr + j] = load_element<T>(filter.data, filter.dtype, start + i * strides.from + j * strides.column);
       }
     }
   }
@@ -52,25 +71,9 @@ void pack_tap(const void* data, DType dtype, int64_t start, const FilterStrides&
   for (int64_t i = 0; i < from; ++i) std::fill(packed + i * nr + columns, packed + (i + 1) * nr, T{0});
 }
 
-}  // namespace
-
-PackedFilter::PackedFilter(const Plan& plan) {
-  for (const Phase& phase : plan.phases) {
-    phase_offsets_.push_back(size_);
-    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() *
-             plan.gemm_groups();
-  }
-}
-
-int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t group, const Panel& panel) const {
-  const int64_t rows = static_cast<int64_t>(plan.phases[static_cast<size_t>(phase)].taps.size()) * plan.depth();
-  return rows * (group * plan.padded_columns() + panel.column);
-}
-
 template <class T>
 void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
                  const Executor& executor) {
-  const FilterStrides strides = strides_for(plan, filter);
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
   const int64_t from = plan.depth();
   for (size_t p = 0; p < plan.phases.size(); ++p) {
@@ -82,10 +85,8 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
       const Panel& panel = plan.panels[static_cast<size_t>(task / taps % panels)];
       const int64_t group = task / (taps * panels);
       const Tap& tap = phase.taps[static_cast<size_t>(t)];
-      const int64_t start =
-          group * strides.group + panel.column * strides.column + tap.r * filter.stride_r + tap.s * filter.stride_s;
       T* block = base + layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
-      pack_tap(filter.data, filter.dtype, start, strides, from, panel.columns, panel.nr, block);
+      pack_tap(plan, filter, tap, group, panel, 0, from, block);
     });
   }
 }
@@ -102,6 +103,7 @@ void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, 
 }
 
 #define SEGPOSE_INSTANTIATE(T)                                                                               \
+  template void pack_tap<T>(const Plan&, const FilterView&, const Tap&, int64_t, const Panel&, int64_t, int64_t, T*); \
   template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);    \
   template void pack_bias<T>(const Plan&, const void*, DType, int64_t, T*);
 SEGPOSE_INSTANTIATE(float)

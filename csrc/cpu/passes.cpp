@@ -7,6 +7,7 @@
 #include "packing.h"
 #include "staging.h"
 #include "wgrad.h"
+#include "winograd.h"
 
 namespace segpose {
 namespace {
@@ -36,10 +37,11 @@ struct GatherBuffers {
   GatherBuffers(const GatherPass& pass, const PackedFilter& layout, int64_t workers, Arena& arena) {
     const bool staged = !pass.source.has_channel_rows(compute_dtype<T>());
     source = staged ? arena.take<T>(elements(pass.source)) : nullptr;
-    packed = arena.take<T>(layout.size());
+    const bool winograd = pass.plan->algorithm == Algorithm::winograd;
+    packed = arena.take<T>(winograd ? winograd_filter_size(*pass.plan) : layout.size());
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(pass.source.c);
-    scratch = arena.take<char>(workers * gather_scratch<T>(*pass.plan));
+    scratch = arena.take<char>(workers * (winograd ? winograd_scratch<T>(*pass.plan) : gather_scratch<T>(*pass.plan)));
   }
 };
 
@@ -54,12 +56,16 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
     stage(ukernels<T>(plan.isa), source, buffers.source, executor);
     source = staged_view(source, buffers.source);
   }
-  pack_filter(plan, layout, pass.filter, buffers.packed, executor);
   if (pass.bias != nullptr) pack_bias(plan, pass.bias, pass.filter.dtype, pass.bias_stride, buffers.bias);
   std::fill_n(buffers.zeros, pass.source.c, T{0});
   const GatherLaunch<T> launch{&plan,       &layout,        source,        pass.destination, buffers.packed,
                                pass.bias == nullptr ? nullptr : buffers.bias, buffers.zeros, buffers.scratch,
                                pass.epilogue};
+  if (plan.algorithm == Algorithm::winograd) {
+    launch_winograd(launch, pass.filter, buffers.packed, executor);
+    return;
+  }
+  pack_filter(plan, layout, pass.filter, buffers.packed, executor);
   launch_gather(launch, executor);
 }
 

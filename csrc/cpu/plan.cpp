@@ -27,6 +27,18 @@ constexpr int64_t kWgradPixels = 512;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
+// Winograd: outputs of a tile along an axis; fewer channels than this leave the GEMMs too small.
+constexpr int64_t kWinogradM = 4;
+constexpr int64_t kWinogradChannels = 16;
+// Its costs in multiply-adds of igemm: short GEMMs run slower, a transformed value and a transformed weight each cost
+// several operations.
+constexpr double kWinogradGemm = 1.15;
+constexpr double kWinogradTransform = 16;
+constexpr double kWinogradFilter = 24;
+// Transformed tiles of a block, input and product together, that stay in L2.
+constexpr int64_t kWinogradBytes = 768 << 10;
+constexpr int64_t kWinogradColumns = 128;
+constexpr int64_t kWinogradFilterBytes = 4 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -82,6 +94,8 @@ bool supports(Algorithm algorithm, const Plan& plan) {
   switch (algorithm) {
     case Algorithm::depthwise:
       return is_depthwise(plan.problem) && plan.problem.groups > 1;
+    case Algorithm::winograd:
+      return plan.winograd_r != 0;
     case Algorithm::gathered: {
       // Only worth it where several taps share a row; wgrad gathers the activation, whatever the pass before it.
       const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
@@ -91,6 +105,52 @@ bool supports(Algorithm algorithm, const Plan& plan) {
       return true;
   }
   return false;
+}
+
+// Sorted so that the taps of a dense rectangle stand row by row.
+void sort_taps(std::vector<Tap>& taps) {
+  std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) {
+    return a.off_h != b.off_h ? a.off_h < b.off_h : a.off_w < b.off_w;
+  });
+}
+
+// Edge of the phase's taps when they are a dense square at unit stride, else 0. Expects sorted taps.
+int64_t dense_edge(const Phase& phase) {
+  if (phase.istep_h != 1 || phase.istep_w != 1) return 0;
+  int64_t edge = 1;
+  while (edge * edge < static_cast<int64_t>(phase.taps.size())) ++edge;
+  if (edge * edge != static_cast<int64_t>(phase.taps.size())) return 0;
+  for (int64_t i = 0; i < edge * edge; ++i) {
+    const Tap& tap = phase.taps[static_cast<size_t>(i)];
+    if (tap.off_h != phase.taps.front().off_h + i / edge || tap.off_w != phase.taps.front().off_w + i % edge) return 0;
+  }
+  return edge;
+}
+
+// The r of F(4 x 4, r x r) where it saves time for every phase, else 0. Transforms cost about (n^2 + m^2) * 6 operations a
+// tile and channel on either side, and the filters are transformed on every call.
+int64_t winograd_edge(Plan& plan) {
+  const ConvProblem& problem = plan.problem;
+  if (plan.pass == Pass::wgrad || plan.dtype == DType::float64) return 0;
+  if (problem.c_per_group() < kWinogradChannels || problem.k_per_group() < kWinogradChannels) return 0;
+  int64_t edge = 0;
+  double direct = 0;
+  double winograd = 0;
+  const double channels = static_cast<double>(problem.c_per_group() * problem.k_per_group());
+  for (Phase& phase : plan.phases) {
+    sort_taps(phase.taps);
+    const int64_t phase_edge = dense_edge(phase);
+    if (phase_edge == 0 || (edge != 0 && phase_edge != edge) || (phase_edge != 3 && phase_edge != 2)) return 0;
+    edge = phase_edge;
+    const int64_t n = kWinogradM + edge - 1;
+    const double frequencies = static_cast<double>(n * n);
+    const double tiles = static_cast<double>(problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
+    direct += static_cast<double>(problem.n * phase.rows * phase.cols * edge * edge) * channels;
+    winograd += tiles * frequencies * channels * kWinogradGemm;
+    winograd += tiles * frequencies * kWinogradTransform * static_cast<double>(problem.c_per_group() + problem.k_per_group());
+    winograd += frequencies * kWinogradFilter * channels;
+  }
+  return winograd < direct ? edge : 0;
 }
 
 double tensor_bytes(const ConvProblem& problem, DType dtype) {
@@ -153,12 +213,37 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   plan.k_chunk = plan.block_m;
 }
 
+void plan_winograd(Plan& plan, int64_t edge) {
+  const int64_t n = kWinogradM + edge - 1;
+  plan.winograd_m = kWinogradM;
+  plan.winograd_r = edge;
+  const int64_t panels = static_cast<int64_t>(plan.panels.size());
+  plan.panels_per_task = std::clamp(kWinogradColumns / plan.panels.front().nr, int64_t{1}, panels);
+  const int64_t columns = std::min(kWinogradColumns, plan.padded_columns());
+  const int64_t tile_bytes = n * n * (plan.depth() + columns) * 4;
+  int64_t most_tiles = 1;
+  int64_t blocks = 0;
+  for (const Phase& phase : plan.phases) {
+    most_tiles = std::max(most_tiles, plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
+  }
+  plan.block_m = std::clamp(kWinogradBytes / tile_bytes / kRowMultiple * kRowMultiple, kRowMultiple, 4 * kRowMultiple);
+  // Filters that do not fit in L2 are read once per block: then fewer, larger blocks.
+  if (n * n * plan.depth() * plan.padded_columns() * 4 > kWinogradFilterBytes) plan.block_m = 4 * kRowMultiple;
+  plan.block_m = std::min(plan.block_m, round_up(most_tiles, kRowMultiple));
+  for (const Phase& phase : plan.phases) {
+    blocks += ceil_div(plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM), plan.block_m);
+  }
+  plan.splits = std::clamp(kMinTasks / std::max<int64_t>(blocks * plan.gemm_groups(), 1), int64_t{1}, panels);
+}
+
 }  // namespace
 
 const char* algorithm_name(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::depthwise:
       return "depthwise";
+    case Algorithm::winograd:
+      return "winograd";
     case Algorithm::gathered:
       return "gathered";
     case Algorithm::igemm:
@@ -183,7 +268,7 @@ int64_t Plan::depth() const {
 
 int64_t Plan::padded_columns() const { return panels.empty() ? 0 : panels.back().column + panels.back().nr; }
 
-Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa) {
+Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool exact) {
   Plan plan{};
   plan.problem = problem;
   plan.pass = pass;
@@ -194,7 +279,9 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa) {
   } else {
     plan.phases = {fprop_phase(problem)};
   }
-  for (const Algorithm candidate : {Algorithm::depthwise, Algorithm::gathered, Algorithm::igemm}) {
+  plan.winograd_r = exact ? 0 : winograd_edge(plan);
+  for (const Algorithm candidate :
+       {Algorithm::depthwise, Algorithm::winograd, Algorithm::gathered, Algorithm::igemm}) {
     plan.algorithm = candidate;
     if (supports(candidate, plan)) break;
   }
@@ -204,6 +291,7 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa) {
     plan_wgrad(plan, wide ? wgrad_widths<double>(isa) : wgrad_widths<float>(isa), element);
   } else {
     plan_gather_passes(plan, wide ? gemm_widths<double>(isa) : gemm_widths<float>(isa), element);
+    if (plan.algorithm == Algorithm::winograd) plan_winograd(plan, plan.winograd_r);
   }
   plan.flops = problem.flops();
   plan.bytes = tensor_bytes(problem, dtype);
@@ -215,6 +303,9 @@ std::string Plan::str() const {
   out << pass_name(pass) << ' ' << algorithm_name(algorithm) << ' ' << dtype_name(dtype) << " __" << isa_name(isa)
       << " phases=" << phases.size() << " panels=" << panels.size();
   if (!panels.empty()) out << 'x' << panels.front().nr;
+  if (winograd_r != 0) {
+    out << " F(" << winograd_m << 'x' << winograd_m << ',' << winograd_r << 'x' << winograd_r << ')';
+  }
   out << " block_m=" << block_m << " k_chunk=" << k_chunk;
   if (pass == Pass::wgrad) {
     out << " k_block=" << k_block << " splits=" << splits;

@@ -15,6 +15,7 @@ namespace segpose {
 // In order of preference; plan_conv takes the first that supports the problem.
 enum class Algorithm {
   depthwise,  // one channel per group on both sides: vectors over channels, no GEMM
+  winograd,   // dense 3 x 3 or 2 x 2 taps at unit stride: F(4 x 4, r x r) tiles, 4 or 2.56 times fewer multiplications
   gathered,   // few channels: copy each pixel's taps into one row, then GEMM over taps * channels
   igemm,      // implicit GEMM through row pointers; supports everything
 };
@@ -43,7 +44,9 @@ struct Plan {
   int64_t panels_per_task;    // fprop and dgrad
   bool phases_together;       // fprop and dgrad: the phases of a block run one after the other
   int64_t k_block;            // wgrad: filters a task owns
-  int64_t splits;             // wgrad: pieces of the pixel reduction, added in order afterwards
+  int64_t splits;             // wgrad: pieces of the pixel reduction, added in order; winograd: pieces of the columns
+  int64_t winograd_m;         // outputs and taps of a tile along one axis; block_m counts tiles then
+  int64_t winograd_r;
   double flops;
   double bytes;  // each operand and result once
 
@@ -57,6 +60,7 @@ struct Plan {
   std::string str() const;
 };
 
-Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa);
+// `exact` leaves out algorithms whose rounding differs from a direct sum's (Winograd).
+Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool exact = false);
 
 }  // namespace segpose

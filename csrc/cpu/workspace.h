@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Scratch memory from torch's allocator, kept between calls: fresh pages would be zeroed by the system on every call,
+// which costs more than many a layer.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace segpose {
+
+class WorkspacePool {
+ public:
+  // Larger buffers are given back at once.
+  static constexpr int64_t kRetainedBytes = int64_t{256} << 20;
+
+  // Never destroyed: tensors must not be freed after torch's own statics.
+  static WorkspacePool& instance() {
+    static auto* pool = new WorkspacePool;
+    return *pool;
+  }
+
+  torch::stable::Tensor acquire(int64_t bytes, const torch::stable::Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Sorted by size: the smallest that is large enough, or a new one in place of the largest.
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+      if (it->numel() < bytes) continue;
+      torch::stable::Tensor tensor = *it;
+      free_.erase(it);
+      return tensor;
+    }
+    if (!free_.empty()) free_.pop_back();
+    return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
+  }
+
+  void release(torch::stable::Tensor tensor) {
+    if (tensor.numel() > kRetainedBytes) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto place = std::find_if(free_.begin(), free_.end(), [&](const auto& other) { return other.numel() > tensor.numel(); });
+    free_.insert(place, std::move(tensor));
+  }
+
+  // Frees what is kept and says how much it was.
+  int64_t clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t bytes = 0;
+    for (const auto& tensor : free_) bytes += tensor.numel();
+    free_.clear();
+    return bytes;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<torch::stable::Tensor> free_;
+};
+
+// A buffer of the pool for as long as this object lives. Concurrent calls each hold their own.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const torch::stable::Tensor& like)
+      : tensor_(WorkspacePool::instance().acquire(bytes, like.device())) {}
+  ~Workspace() { WorkspacePool::instance().release(std::move(tensor_)); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return tensor_.data_ptr(); }
+
+ private:
+  torch::stable::Tensor tensor_;
+};
+
+}  // namespace segpose
