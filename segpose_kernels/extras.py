@@ -18,5 +18,5 @@ def import_extra(module: str, extra: str = "demo") -> ModuleType:
     except ImportError as error:
         package = error.name or module
         raise MissingExtraError(
-            f"{package} is not installed; get it with: pip install 'segpose_kernels[{extra}]'"
+            f"{package} is not installed; get it with: pip install segpose_kernels[{extra}]"
         ) from error

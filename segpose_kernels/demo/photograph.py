@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A real photograph with landmarks: astronaut Eileen Collins (NASA, public domain)
+"""A real photograph with landmarks: astronaut Eileen Collins (NASA, public domain).
 
 One picture does not make a pose estimator. What the demo does with it, and says so: it trains the
 pose machine on random similarity warps of this one photograph and looks at warps that were not

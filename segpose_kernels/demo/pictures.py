@@ -167,9 +167,7 @@ def learning_curve(history: History, class_iou: Tensor, epoch_steps: int) -> Fig
     grid = figure.add_gridspec(1, 3, left=0.055, right=0.985, bottom=0.135, top=0.75, wspace=0.24)
     epochs = (torch.arange(len(history.losses)) + 1) / epoch_steps
 
-    axis = figure.add_subplot(
-        grid[0, 0], title="training loss", xlabel="epoch", ylabel="cross entropy"
-    )
+    axis = figure.add_subplot(grid[0, 0], title="training loss (cross entropy)", xlabel="epoch")
     losses = torch.tensor(history.losses)
     axis.plot(epochs, losses, color=_RULE, linewidth=0.7)
     width = min(50, len(losses))
@@ -178,7 +176,12 @@ def learning_curve(history: History, class_iou: Tensor, epoch_steps: int) -> Fig
         epochs[width - 1 :], smooth, color=_ACCENT, linewidth=1.8, label=f"mean of {width} steps"
     )
     axis.set_yscale("log")
-    axis.grid(axis="y", which="both", color=_RULE, linewidth=0.6)
+    ticks = import_extra("matplotlib.ticker")
+    axis.yaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(ticks.NullFormatter())
+    axis.set_xlim(0, epochs[-1].item() * 1.02)
+    axis.grid(axis="y", color=_RULE, linewidth=0.6)
     axis.legend(loc="upper right")
 
     axis = figure.add_subplot(grid[0, 1], title="held-out images", xlabel="epoch", ylim=(0, 1.02))
@@ -196,6 +199,7 @@ def learning_curve(history: History, class_iou: Tensor, epoch_steps: int) -> Fig
             textcoords="offset points",
             ha="center",
         )
+    axis.set_xlim(0, epochs[-1].item() * 1.06)
     axis.grid(axis="y", color=_RULE, linewidth=0.6)
     axis.legend(loc="lower right")
 

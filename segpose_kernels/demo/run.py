@@ -255,8 +255,7 @@ def _pose(photograph: Photograph, settings: Settings) -> tuple[dict[str, Any], A
 
     history = train_pose_machine(model, sample, recipe, evaluate=evaluate, progress=True)
     model.eval()
-    # Three looks: as photographed, and turned further to either side than any training warp may
-    # combine.
+    # Three looks at it: as photographed, and turned to either side within the range of training.
     angle = torch.tensor([0.0, -20.0, 20.0]) * math.pi / 180
     zoom, shift = (
         torch.tensor([1.0, 0.9, 1.15]),
