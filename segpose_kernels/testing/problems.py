@@ -276,6 +276,13 @@ GEOMETRIES: tuple[ConvSpec, ...] = (
         "transposed-padding-over-kernel-s2", 1, 3, 4, 7, 8, (2, 3), stride=(2, 2), padding=(4, 5)
     ),
     _conv_t("transposed-one-column", 1, 6, 6, 33, 1, (4, 1), stride=(2, 1), padding=(1, 0)),
+    # Several images of a map smaller than the kernel: a block of pixels spans images, and with
+    # batch = stride its first and last pixel lie as far apart as in one unbroken line.
+    _conv("conv-batch5-s5", 5, 2, 3, 2, 21, (4, 7), stride=(1, 5), padding=(1, 0)),
+    _conv("conv-batch17-2pixels", 17, 3, 5, 2, 2, (3, 3), padding=(1, 1)),
+    _conv_t("transposed-batch5-s5", 5, 3, 2, 2, 4, (4, 7), stride=(1, 5), padding=(1, 0)),
+    _conv_t("transposed-batch16-k7", 16, 5, 4, 1, 1, (7, 7), padding=(2, 2)),
+    _conv_t("transposed-batch5-s2", 5, 4, 3, 2, 3, (5, 5), stride=(2, 2), padding=(2, 1)),
     # Remaining edges of the definition.
     _conv("conv-no-bias", 2, 4, 6, 6, 7, (3, 3), bias=False),
     _conv("conv-no-activation", 2, 4, 6, 6, 7, (3, 3), activation="none"),
