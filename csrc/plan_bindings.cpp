@@ -21,10 +21,10 @@ using Pair = std::array<int64_t, 2>;
 using Shape = std::array<int64_t, 4>;
 
 ConvProblem make_problem(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t r, int64_t s, Pair stride,
-                         Pair padding, Pair dilation, int64_t groups, std::optional<int64_t> p, std::optional<int64_t> q) {
-  ConvProblem problem{n,         h,         w,          c,          0,           0,          k,
-                      r,         s,         stride[0],  stride[1],  padding[0],  padding[1], dilation[0],
-                      dilation[1], groups};
+                         Pair padding, Pair dilation, int64_t groups, std::optional<int64_t> p,
+                         std::optional<int64_t> q) {
+  ConvProblem problem{n, h,         w,         c,          0,          0,           k,           r,
+                      s, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
   if (stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1 || groups < 1 || c % groups || k % groups) {
     throw std::invalid_argument("ConvProblem: stride, dilation and groups must be positive and groups divide c and k");
   }
@@ -34,8 +34,8 @@ ConvProblem make_problem(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, 
 }
 
 ConvProblem for_conv2d(Shape input, Shape weight, Pair stride, Pair padding, Pair dilation, int64_t groups) {
-  return make_problem(input[0], input[2], input[3], input[1], weight[0], weight[2], weight[3], stride, padding, dilation,
-                      groups, std::nullopt, std::nullopt);
+  return make_problem(input[0], input[2], input[3], input[1], weight[0], weight[2], weight[3], stride, padding,
+                      dilation, groups, std::nullopt, std::nullopt);
 }
 
 ConvProblem for_conv_transpose2d(Shape input, Shape weight, Pair stride, Pair padding, Pair output_padding,
@@ -168,11 +168,11 @@ PYBIND11_MODULE(_plan, m) {
     return names;
   });
   m.def("selected_isa", [] { return std::string(isa_name(selected_isa())); });
-  m.def("compiler", [] { 
+  m.def("compiler", [] {
 #if defined(__clang__)
     return std::string("Clang ") + __clang_version__;
 #else
     return std::string("GCC ") + __VERSION__;
 #endif
-   });
+  });
 }

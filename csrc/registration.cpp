@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every schema of the library. Kernels are attached per dispatch key in <device>/conv.cpp; fakes and autograd formulas are
-// registered from Python (segpose_kernels/autograd.py).
+// Every schema of the library. Kernels are attached per dispatch key in <device>/conv.cpp; fakes and autograd formulas
+// are registered from Python (segpose_kernels/autograd.py).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(segpose, m) {
@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "conv_transpose2d_act(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
       "SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope) -> Tensor");
   m.def(
-      "conv_transpose2d_act_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor weight, SymInt[2] stride, "
+      "conv_transpose2d_act_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor weight, SymInt[2] "
+      "stride, "
       "SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.

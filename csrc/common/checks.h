@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The last line of defence of the raw ops: a malformed call raises instead of reading out of bounds. The friendly messages
-// are segpose_kernels/checks.py's.
+// The last line of defence of the raw ops: a malformed call raises instead of reading out of bounds. The friendly
+// messages are segpose_kernels/checks.py's.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -35,8 +35,9 @@ inline void check_attributes(const ConvAttributes& attributes) {
     STD_TORCH_CHECK(dilation > 0, "segpose: dilation must be positive, got ", dilation);
     STD_TORCH_CHECK(attributes.padding[axis] >= 0, "segpose: padding must not be negative, got ",
                     attributes.padding[axis]);
-    STD_TORCH_CHECK(output_padding >= 0 && (output_padding == 0 || output_padding < stride || output_padding < dilation),
-                    "segpose: output_padding must be smaller than stride or dilation, got ", output_padding);
+    STD_TORCH_CHECK(
+        output_padding >= 0 && (output_padding == 0 || output_padding < stride || output_padding < dilation),
+        "segpose: output_padding must be smaller than stride or dilation, got ", output_padding);
   }
   STD_TORCH_CHECK(attributes.groups > 0, "segpose: groups must be positive, got ", attributes.groups);
 }
@@ -66,14 +67,14 @@ inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const
   STD_TORCH_CHECK(problem.k % attributes.groups == 0, "segpose: weight.size(0)=", problem.k,
                   " must be divisible by groups=", attributes.groups);
   if (attributes.transposed) {
-    STD_TORCH_CHECK(input.size(1) == problem.k, "segpose: input.size(1)=", input.size(1), " but weight.size(0)=",
-                    problem.k);
+    STD_TORCH_CHECK(input.size(1) == problem.k, "segpose: input.size(1)=", input.size(1),
+                    " but weight.size(0)=", problem.k);
     problem.p = input.size(2);
     problem.q = input.size(3);
-    problem.h = conv_transpose_extent(problem.p, problem.r, stride[0], padding[0], attributes.output_padding[0],
-                                      dilation[0]);
-    problem.w = conv_transpose_extent(problem.q, problem.s, stride[1], padding[1], attributes.output_padding[1],
-                                      dilation[1]);
+    problem.h =
+        conv_transpose_extent(problem.p, problem.r, stride[0], padding[0], attributes.output_padding[0], dilation[0]);
+    problem.w =
+        conv_transpose_extent(problem.q, problem.s, stride[1], padding[1], attributes.output_padding[1], dilation[1]);
   } else {
     STD_TORCH_CHECK(input.size(1) == problem.c, "segpose: input.size(1)=", input.size(1),
                     " but weight.size(1) * groups=", problem.c);
@@ -86,8 +87,8 @@ inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const
   const int64_t out_w = attributes.transposed ? problem.w : problem.q;
   STD_TORCH_CHECK(problem.n == 0 || (input.size(2) > 0 && input.size(3) > 0),
                   "segpose: only the batch may be empty, got input ", input.size(2), " x ", input.size(3));
-  STD_TORCH_CHECK(out_h > 0 && out_w > 0,
-                  "segpose: output size is too small: input ", input.size(2), " x ", input.size(3), ", output ", out_h, " x ", out_w);
+  STD_TORCH_CHECK(out_h > 0 && out_w > 0, "segpose: output size is too small: input ", input.size(2), " x ",
+                  input.size(3), ", output ", out_h, " x ", out_w);
   return problem;
 }
 

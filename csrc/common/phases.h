@@ -30,9 +30,9 @@ struct Phase {
 // fprop is a single phase over all output pixels [P, Q] that reads the activation [H, W].
 Phase fprop_phase(const ConvProblem& problem);
 
-// dgrad has stride_h * stride_w phases over the activation [H, W] that read the output gradient [P, Q]. Destination row h
-// is reached by tap r exactly when (h + pad_h - r * dilation_h) is a multiple of stride_h, so the taps of a phase are one
-// residue class of r * dilation_h mod stride_h: no multiplication by inserted zeros. Heaviest phase first.
+// dgrad has stride_h * stride_w phases over the activation [H, W] that read the output gradient [P, Q]. Destination row
+// h is reached by tap r exactly when (h + pad_h - r * dilation_h) is a multiple of stride_h, so the taps of a phase are
+// one residue class of r * dilation_h mod stride_h: no multiplication by inserted zeros. Heaviest phase first.
 std::vector<Phase> dgrad_phases(const ConvProblem& problem);
 
 }  // namespace segpose

@@ -135,7 +135,11 @@ MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& ou
   const bool in_place = !masked && grad.has_channel_rows(compute);
   MaskedGradient result{grad, nullptr};
   if (in_place && !grad_bias.has_value()) return result;
-  GradientPass pass{grad,         nullptr, epilogue, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
+  GradientPass pass{grad,
+                    nullptr,
+                    epilogue,
+                    selected_isa(),
+                    nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
                     grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
   TensorView output_view{};
   if (masked) {
@@ -162,9 +166,9 @@ void run_wgrad(const ConvProblem& problem, const TensorView& grad, const TensorV
   run_wgrad_pass(pass, workspace.data(), executor);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input,
-                                            const Tensor& weight, const ConvAttributes& attributes, double negative_slope,
-                                            bool need_input, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& output,
+                                            const Tensor& input, const Tensor& weight, const ConvAttributes& attributes,
+                                            double negative_slope, bool need_input, bool need_weight, bool need_bias) {
   const ConvProblem problem = make_problem(input, weight, attributes);
   const Ints shape = shape_of(problem, attributes.transposed);
   const Epilogue epilogue = epilogue_from_slope(negative_slope);
@@ -212,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_act_backward(const Tensor& grad_output
                                                        Ints padding, Ints dilation, int64_t groups,
                                                        double negative_slope, bool need_input, bool need_weight,
                                                        bool need_bias) {
-  return backward(grad_output, output, input, weight, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope,
-                  need_input, need_weight, need_bias);
+  return backward(grad_output, output, input, weight, {stride, padding, {0, 0}, dilation, groups, false},
+                  negative_slope, need_input, need_weight, need_bias);
 }
 
 Tensor conv_transpose2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride,
@@ -221,10 +225,11 @@ Tensor conv_transpose2d_act(const Tensor& input, const Tensor& weight, const Opt
   return forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, true}, negative_slope);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& grad_output, const OptionalTensor& output,
-                                                                 const Tensor& input, const Tensor& weight, Ints stride,
-                                                                 Ints padding, Ints output_padding, int64_t groups,
-                                                                 Ints dilation, double negative_slope, bool need_input,
+std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& grad_output,
+                                                                 const OptionalTensor& output, const Tensor& input,
+                                                                 const Tensor& weight, Ints stride, Ints padding,
+                                                                 Ints output_padding, int64_t groups, Ints dilation,
+                                                                 double negative_slope, bool need_input,
                                                                  bool need_weight, bool need_bias) {
   return backward(grad_output, output, input, weight, {stride, padding, output_padding, dilation, groups, true},
                   negative_slope, need_input, need_weight, need_bias);

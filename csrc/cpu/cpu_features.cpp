@@ -57,8 +57,8 @@ Isa parse_isa(const std::string& name) {
     if (name == isa_name(isa)) return isa;
     valid += valid.empty() ? isa_name(isa) : std::string(", ") + isa_name(isa);
   }
-  throw std::runtime_error("SEGPOSE_CPU_ISA: '" + name + "' is not an instruction set of this machine and build; use one of " +
-                           valid);
+  throw std::runtime_error("SEGPOSE_CPU_ISA: '" + name +
+                           "' is not an instruction set of this machine and build; use one of " + valid);
 }
 
 Isa selected_isa() {

@@ -14,8 +14,8 @@ struct Executor {
   void (*run)(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
 };
 
-// Runs fn(task, worker) for every task; workers take the next task when they are free. Which worker runs a task must not
-// influence its result: that keeps every result independent of the number of threads.
+// Runs fn(task, worker) for every task; workers take the next task when they are free. Which worker runs a task must
+// not influence its result: that keeps every result independent of the number of threads.
 template <class Fn>
 void for_each_task(const Executor& executor, int64_t tasks, const Fn& fn) {
   if (tasks <= 0) return;

@@ -21,9 +21,9 @@ int64_t most_taps(const Plan& plan) {
 template <class T>
 struct Scratch {
   RowTable<T> rows;
-  T** out;         // [block_m] destination rows
-  T* partial;      // [block_m][nr] sums between chunks
-  T* tile;         // [block_m][nr] results on their way to another layout or dtype
+  T** out;              // [block_m] destination rows
+  T* partial;           // [block_m][nr] sums between chunks
+  T* tile;              // [block_m][nr] results on their way to another layout or dtype
   int32_t* taps;        // [block_m][taps] lists of the taps in use, one list a tile of rows
   int64_t* tap_counts;  // [block_m]
   T* gathered;          // [block_m][taps * channels]
@@ -52,8 +52,8 @@ struct Scratch {
 
 // Destination rows in place where the layout allows, else rows of the tile buffer; rows past `count` always land there.
 template <class T>
-void set_out_rows(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t count, int64_t channel, int64_t width,
-                  bool direct) {
+void set_out_rows(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t count, int64_t channel,
+                  int64_t width, bool direct) {
   const int64_t block_m = scratch.rows.step;
   for (int64_t m = 0; m < block_m; ++m) {
     scratch.out[m] = direct && m < count ? launch.destination.template as<T>() + scratch.rows.offsets[m] + channel
@@ -163,8 +163,8 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
                       launch.layout->panel_offset(plan, block.phase, block.group, panel);
     run_panel(tile, reduction, packed, args, scratch, block.count);
     if (!direct) {
-      unstage_block(kernels, scratch.tile, panel.nr, block.count, panel.columns, launch.destination, scratch.rows.offsets,
-                    channel);
+      unstage_block(kernels, scratch.tile, panel.nr, block.count, panel.columns, launch.destination,
+                    scratch.rows.offsets, channel);
     }
   }
 }
@@ -196,8 +196,8 @@ void run_depthwise_block(const GatherLaunch<T>& launch, const Block& block, Scra
   }
 }
 
-// Panels outermost: a packed panel stays in cache while the blocks of pixels pass by. Where the panels of all phases fit
-// together, the phases of a block follow each other: they read the same source rows and write neighbouring pixels.
+// Panels outermost: a packed panel stays in cache while the blocks of pixels pass by. Where the panels of all phases
+// fit together, the phases of a block follow each other: they read the same source rows and write neighbouring pixels.
 std::vector<Block> split_blocks(const Plan& plan) {
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
@@ -213,7 +213,8 @@ std::vector<Block> split_blocks(const Plan& plan) {
       const int64_t panel_end = std::min(panel + plan.panels_per_task, panels);
       const auto add = [&](int64_t phase, int64_t first) {
         const int64_t rows = rows_of(phase);
-        if (first < rows) blocks.push_back({phase, group, panel, panel_end, first, std::min(plan.block_m, rows - first)});
+        if (first < rows)
+          blocks.push_back({phase, group, panel, panel_end, first, std::min(plan.block_m, rows - first)});
       };
       if (plan.phases_together) {
         for (int64_t first = 0; first < most_rows; first += plan.block_m) {

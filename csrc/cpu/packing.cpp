@@ -25,8 +25,7 @@ FilterStrides strides_for(const Plan& plan, const FilterView& filter) {
 PackedFilter::PackedFilter(const Plan& plan) {
   for (const Phase& phase : plan.phases) {
     phase_offsets_.push_back(size_);
-    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() *
-             plan.gemm_groups();
+    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() * plan.gemm_groups();
   }
 }
 
@@ -36,8 +35,8 @@ int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t grou
 }
 
 template <class T>
-void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel, int64_t begin,
-              int64_t from, T* packed) {
+void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,
+              int64_t begin, int64_t from, T* packed) {
   const FilterStrides strides = strides_for(plan, filter);
   const int64_t start = group * strides.group + panel.column * strides.column + begin * strides.from +
                         tap.r * filter.stride_r + tap.s * filter.stride_s;
@@ -102,9 +101,9 @@ void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, 
   }
 }
 
-#define SEGPOSE_INSTANTIATE(T)                                                                               \
+#define SEGPOSE_INSTANTIATE(T)                                                                                        \
   template void pack_tap<T>(const Plan&, const FilterView&, const Tap&, int64_t, const Panel&, int64_t, int64_t, T*); \
-  template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);    \
+  template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);             \
   template void pack_bias<T>(const Plan&, const void*, DType, int64_t, T*);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)

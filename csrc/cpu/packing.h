@@ -25,8 +25,8 @@ class PackedFilter {
 
 // [count][nr] of one tap, source channels begin .. begin + count - 1.
 template <class T>
-void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel, int64_t begin,
-              int64_t count, T* packed);
+void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,
+              int64_t begin, int64_t count, T* packed);
 
 template <class T>
 void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,

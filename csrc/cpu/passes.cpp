@@ -58,8 +58,10 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
   }
   if (pass.bias != nullptr) pack_bias(plan, pass.bias, pass.filter.dtype, pass.bias_stride, buffers.bias);
   std::fill_n(buffers.zeros, pass.source.c, T{0});
-  const GatherLaunch<T> launch{&plan,       &layout,        source,        pass.destination, buffers.packed,
-                               pass.bias == nullptr ? nullptr : buffers.bias, buffers.zeros, buffers.scratch,
+  const GatherLaunch<T> launch{&plan,          &layout,
+                               source,         pass.destination,
+                               buffers.packed, pass.bias == nullptr ? nullptr : buffers.bias,
+                               buffers.zeros,  buffers.scratch,
                                pass.epilogue};
   if (plan.algorithm == Algorithm::winograd) {
     launch_winograd(launch, pass.filter, buffers.packed, executor);

@@ -39,8 +39,8 @@ struct GradientPass {
   const TensorView* output;  // null without activation
   Epilogue epilogue;
   Isa isa;
-  TensorView masked;    // NHWC in the compute type, or data == null when dy is read in place
-  void* bias_grad;      // [c] of dy's dtype, or null
+  TensorView masked;  // NHWC in the compute type, or data == null when dy is read in place
+  void* bias_grad;    // [c] of dy's dtype, or null
 };
 
 int64_t gradient_workspace(const GradientPass& pass, int64_t workers);

@@ -13,8 +13,8 @@ namespace {
 // in L1 or L2 beside the panel.
 constexpr int64_t kBlockM = 96;
 constexpr int64_t kRowMultiple = 24;
-// gemm_k steps between visits to the partial sums; a chunk of B (1024 x 64 floats, 256 KB) stays in L2 while the tiles of
-// a block pass over it. 128 to 1024 steps are within 5% of each other; longer chunks save visits.
+// gemm_k steps between visits to the partial sums; a chunk of B (1024 x 64 floats, 256 KB) stays in L2 while the tiles
+// of a block pass over it. 128 to 1024 steps are within 5% of each other; longer chunks save visits.
 constexpr int64_t kChunk = 1024;
 // Packed panels of a task, so that they survive in L2 from one block of pixels to the next.
 constexpr int64_t kPanelBytes = 512 << 10;
@@ -109,9 +109,8 @@ bool supports(Algorithm algorithm, const Plan& plan) {
 
 // Sorted so that the taps of a dense rectangle stand row by row.
 void sort_taps(std::vector<Tap>& taps) {
-  std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) {
-    return a.off_h != b.off_h ? a.off_h < b.off_h : a.off_w < b.off_w;
-  });
+  std::sort(taps.begin(), taps.end(),
+            [](const Tap& a, const Tap& b) { return a.off_h != b.off_h ? a.off_h < b.off_h : a.off_w < b.off_w; });
 }
 
 // Edge of the phase's taps when they are a dense square at unit stride, else 0. Expects sorted taps.
@@ -127,8 +126,8 @@ int64_t dense_edge(const Phase& phase) {
   return edge;
 }
 
-// The r of F(4 x 4, r x r) where it saves time for every phase, else 0. Transforms cost about (n^2 + m^2) * 6 operations a
-// tile and channel on either side, and the filters are transformed on every call.
+// The r of F(4 x 4, r x r) where it saves time for every phase, else 0. Transforms cost about (n^2 + m^2) * 6
+// operations a tile and channel on either side, and the filters are transformed on every call.
 int64_t winograd_edge(Plan& plan) {
   const ConvProblem& problem = plan.problem;
   if (plan.pass == Pass::wgrad || plan.dtype == DType::float64) return 0;
@@ -144,10 +143,12 @@ int64_t winograd_edge(Plan& plan) {
     edge = phase_edge;
     const int64_t n = kWinogradM + edge - 1;
     const double frequencies = static_cast<double>(n * n);
-    const double tiles = static_cast<double>(problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
+    const double tiles =
+        static_cast<double>(problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
     direct += static_cast<double>(problem.n * phase.rows * phase.cols * edge * edge) * channels;
     winograd += tiles * frequencies * channels * kWinogradGemm;
-    winograd += tiles * frequencies * kWinogradTransform * static_cast<double>(problem.c_per_group() + problem.k_per_group());
+    winograd +=
+        tiles * frequencies * kWinogradTransform * static_cast<double>(problem.c_per_group() + problem.k_per_group());
     winograd += frequencies * kWinogradFilter * channels;
   }
   return winograd < direct ? edge : 0;
@@ -206,8 +207,7 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   plan.k_block = std::min(problem.k_per_group(), gathered ? problem.k_per_group() : kWgradFilters);
   const int64_t units = gathered ? 1 : problem.taps();
   const int64_t tasks = plan.gemm_groups() * ceil_div(problem.k_per_group(), plan.k_block) * units;
-  const int64_t partial =
-      plan.gemm_groups() * problem.k_per_group() * units * plan.padded_columns() * element;
+  const int64_t partial = plan.gemm_groups() * problem.k_per_group() * units * plan.padded_columns() * element;
   const int64_t most = std::min(ceil_div(pixels, plan.block_m), std::max<int64_t>(kWgradPartialBytes / partial, 1));
   plan.splits = std::clamp(ceil_div(kWgradTasks, tasks), int64_t{1}, std::max<int64_t>(most, 1));
   plan.k_chunk = plan.block_m;
@@ -224,14 +224,16 @@ void plan_winograd(Plan& plan, int64_t edge) {
   int64_t most_tiles = 1;
   int64_t blocks = 0;
   for (const Phase& phase : plan.phases) {
-    most_tiles = std::max(most_tiles, plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
+    most_tiles =
+        std::max(most_tiles, plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
   }
   plan.block_m = std::clamp(kWinogradBytes / tile_bytes / kRowMultiple * kRowMultiple, kRowMultiple, 4 * kRowMultiple);
   // Filters that do not fit in L2 are read once per block: then fewer, larger blocks.
   if (n * n * plan.depth() * plan.padded_columns() * 4 > kWinogradFilterBytes) plan.block_m = 4 * kRowMultiple;
   plan.block_m = std::min(plan.block_m, round_up(most_tiles, kRowMultiple));
   for (const Phase& phase : plan.phases) {
-    blocks += ceil_div(plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM), plan.block_m);
+    blocks +=
+        ceil_div(plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM), plan.block_m);
   }
   plan.splits = std::clamp(kMinTasks / std::max<int64_t>(blocks * plan.gemm_groups(), 1), int64_t{1}, panels);
 }
@@ -252,9 +254,7 @@ const char* algorithm_name(Algorithm algorithm) {
   return "unknown";
 }
 
-const char* pass_name(Pass pass) {
-  return pass == Pass::fprop ? "fprop" : pass == Pass::dgrad ? "dgrad" : "wgrad";
-}
+const char* pass_name(Pass pass) { return pass == Pass::fprop ? "fprop" : pass == Pass::dgrad ? "dgrad" : "wgrad"; }
 
 int64_t Plan::columns() const {
   if (algorithm == Algorithm::depthwise) return problem.groups;
@@ -280,8 +280,7 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool
     plan.phases = {fprop_phase(problem)};
   }
   plan.winograd_r = exact ? 0 : winograd_edge(plan);
-  for (const Algorithm candidate :
-       {Algorithm::depthwise, Algorithm::winograd, Algorithm::gathered, Algorithm::igemm}) {
+  for (const Algorithm candidate : {Algorithm::depthwise, Algorithm::winograd, Algorithm::gathered, Algorithm::igemm}) {
     plan.algorithm = candidate;
     if (supports(candidate, plan)) break;
   }

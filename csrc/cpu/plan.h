@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// problem -> plan: which algorithm runs, with which tiles and blocks. Pure, so it is tested and printed without running.
+// problem -> plan: which algorithm runs, with which tiles and blocks. Pure, so it is tested and printed without
+// running.
 #pragma once
 
 #include <string>
@@ -50,8 +51,8 @@ struct Plan {
   double flops;
   double bytes;  // each operand and result once
 
-  // The GEMMs of fprop and dgrad: one per group, each `columns` wide with gemm_k = taps * depth. Depthwise problems count
-  // as one group whose columns are the channels and whose depth is 1.
+  // The GEMMs of fprop and dgrad: one per group, each `columns` wide with gemm_k = taps * depth. Depthwise problems
+  // count as one group whose columns are the channels and whose depth is 1.
   int64_t gemm_groups() const { return algorithm == Algorithm::depthwise ? 1 : problem.groups; }
   int64_t columns() const;
   int64_t depth() const;

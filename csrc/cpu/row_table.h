@@ -14,9 +14,9 @@ struct RowTable {
   int64_t* offsets;  // [step] element offsets of the destination pixels
 };
 
-// Calls fn(first row of the run, length, n, row, col) for every run of pixels of one image row, for the destination pixels
-// first .. first + count - 1 of the phase. Pixels count over (n, row, col), or with `batch_inner` over (row, col, n): small
-// maps put the images side by side, so that the rows of a tile share their taps.
+// Calls fn(first row of the run, length, n, row, col) for every run of pixels of one image row, for the destination
+// pixels first .. first + count - 1 of the phase. Pixels count over (n, row, col), or with `batch_inner` over (row,
+// col, n): small maps put the images side by side, so that the rows of a tile share their taps.
 template <class Fn>
 void for_each_run(const Phase& phase, int64_t batch, int64_t first, int64_t count, const Fn& fn) {
   if (phase.batch_inner) {
@@ -82,8 +82,8 @@ void fill_row_table(const Phase& phase, const TensorView& source, const TensorVi
   }
 }
 
-// Copies the taps of every pixel together: rows of taps * channels values, `row_step` apart, zeros for padding. `offset` is
-// the first channel.
+// Copies the taps of every pixel together: rows of taps * channels values, `row_step` apart, zeros for padding.
+// `offset` is the first channel.
 template <class T>
 void gather_rows(const Phase& phase, const TensorView& source, int64_t offset, int64_t channels, int64_t first,
                  int64_t count, int64_t row_step, T* rows) {

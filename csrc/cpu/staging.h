@@ -16,8 +16,8 @@ void stage(const Ukernels<T>& kernels, const TensorView& source, T* destination,
 // The gradient through the activation and the bias gradient, in one pass over dy.
 template <class T>
 struct GradientStage {
-  TensorView grad;            // dy
-  const TensorView* output;   // y, whose sign is the mask; null without activation
+  TensorView grad;           // dy
+  const TensorView* output;  // y, whose sign is the mask; null without activation
   Epilogue epilogue;
   T* destination;     // masked dy as NHWC, or null when dy can be read in place
   double* bias_grad;  // [c] sums, or null
@@ -30,8 +30,8 @@ int64_t gradient_scratch(const TensorView& grad, int64_t workers);
 template <class T>
 void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor);
 
-// Writes `rows` rows of `columns` values (`row_step` apart) to the pixels at element offsets `offsets` of `destination`,
-// starting at channel `channel`.
+// Writes `rows` rows of `columns` values (`row_step` apart) to the pixels at element offsets `offsets` of
+// `destination`, starting at channel `channel`.
 template <class T>
 void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, int64_t count, int64_t columns,
                    const TensorView& destination, const int64_t* offsets, int64_t channel);

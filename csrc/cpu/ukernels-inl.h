@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The microkernels, written once with GCC/Clang vector extensions. Each ukernels_<isa>.cpp includes this text inside its
-// own namespace, after `#pragma GCC target`, with SEGPOSE_VECTOR_BYTES set. No include and no lambda here: an inline
-// function or a lambda compiled for a newer instruction set could reach older processors through the linker.
+// The microkernels, written once with GCC/Clang vector extensions. Each ukernels_<isa>.cpp includes this text inside
+// its own namespace, after `#pragma GCC target`, with SEGPOSE_VECTOR_BYTES set. No include and no lambda here: an
+// inline function or a lambda compiled for a newer instruction set could reach older processors through the linker.
 
 #define SEGPOSE_INLINE __attribute__((always_inline)) inline
 // Accumulators must become registers: every loop over a register tile is unrolled whole.
@@ -245,7 +245,8 @@ void depthwise_wgrad_row(const WgradArgs<T>& args, int64_t channels) {
     for (int64_t i = 0; i < args.count; ++i) {
       const T* g = args.segments[i].g + channel;
       const T* x = args.segments[i].x + channel;
-      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step) sum += *g * *x;
+      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step)
+        sum += *g * *x;
     }
     args.out[channel] += sum;
   }

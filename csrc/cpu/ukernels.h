@@ -19,8 +19,8 @@ struct GemmArgs {
   int64_t a_step;     // pointers from one tap to the next
   int64_t a_offset;   // elements added to every pointer of `a`
   int64_t depth;
-  const T* b;            // [tap][depth][nr] packed
-  int64_t b_step;        // elements from one tap to the next
+  const T* b;           // [tap][depth][nr] packed
+  int64_t b_step;       // elements from one tap to the next
   const T* partial_in;  // [mr][nr] sums of earlier chunks, or null
   T* partial_out;       // [mr][nr] where sums go while chunks remain, or null for the epilogue
   T* const* out;        // [mr] destination rows

@@ -17,7 +17,8 @@ namespace segpose::avx512 {
 #include "winograd-inl.h"
 // clang-format on
 
-// 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer registers.
+// 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
+// registers.
 template <class T>
 constexpr Ukernels<T> table() {
   return {Simd<T>::kLength,

@@ -13,7 +13,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathered; }
 
-// The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or all taps when gathered.
+// The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or all taps when
+// gathered.
 struct PartialLayout {
   int64_t groups, units, filters, padded;
 
@@ -48,7 +49,8 @@ int64_t fill_segments(const WgradLaunch<T>& launch, const Tap& tap, int64_t begi
   int64_t count = 0;
   // Columns q with 0 <= q * stride + off < w.
   const int64_t first = tap.off_w >= 0 ? 0 : ceil_div(-tap.off_w, problem.stride_w);
-  const int64_t last = problem.w - tap.off_w <= 0 ? 0 : std::min(problem.q, ceil_div(problem.w - tap.off_w, problem.stride_w));
+  const int64_t last =
+      problem.w - tap.off_w <= 0 ? 0 : std::min(problem.q, ceil_div(problem.w - tap.off_w, problem.stride_w));
   int64_t q = begin % problem.q;
   int64_t p = begin / problem.q % problem.p;
   int64_t n = begin / (problem.q * problem.p);
@@ -59,7 +61,8 @@ int64_t fill_segments(const WgradLaunch<T>& launch, const Tap& tap, int64_t begi
     const int64_t h = p * problem.stride_h + tap.off_h;
     if (from < to && h >= 0 && h < problem.h) {
       const T* g = launch.grad.template as<T>() + launch.grad.offset(n, p, from);
-      const T* x = launch.activation.template as<T>() + launch.activation.offset(n, h, from * problem.stride_w + tap.off_w);
+      const T* x =
+          launch.activation.template as<T>() + launch.activation.offset(n, h, from * problem.stride_w + tap.off_w);
       // Rows that follow each other without a gap on both sides are one run.
       Segment<T>* previous = count > 0 ? segments + count - 1 : nullptr;
       if (previous != nullptr && previous->g + previous->length * launch.grad.stride_w == g &&
@@ -222,10 +225,10 @@ void launch_wgrad(const WgradLaunch<T>& launch, const Executor& executor) {
   reduce_and_store(launch, layout, executor);
 }
 
-#define SEGPOSE_INSTANTIATE(T)                             \
-  template int64_t wgrad_reads_past<T>(const Plan&);       \
-  template int64_t wgrad_partials<T>(const Plan&);         \
-  template int64_t wgrad_scratch<T>(const Plan&);          \
+#define SEGPOSE_INSTANTIATE(T)                       \
+  template int64_t wgrad_reads_past<T>(const Plan&); \
+  template int64_t wgrad_partials<T>(const Plan&);   \
+  template int64_t wgrad_scratch<T>(const Plan&);    \
   template void launch_wgrad<T>(const WgradLaunch<T>&, const Executor&);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)

@@ -19,8 +19,8 @@ struct WgradLaunch {
   FilterView destination;
 };
 
-// Vector loads may read this many elements past the last channel of the activation's last pixel: when it is not zero, the
-// activation must be a staged copy with as many elements of slack.
+// Vector loads may read this many elements past the last channel of the activation's last pixel: when it is not zero,
+// the activation must be a staged copy with as many elements of slack.
 template <class T>
 int64_t wgrad_reads_past(const Plan& plan);
 

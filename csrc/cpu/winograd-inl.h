@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Winograd tile transforms F(4x4, 3x3) and F(4x4, 2x2), written once for every instruction set; included like
-// ukernels-inl.h. Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv 1509.09308).
+// ukernels-inl.h. Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv
+// 1509.09308).
 //
 //   y = A^T [ (G g G^T) * (B^T d B) ] A      d: n x n inputs, g: r x r filter, y: m x m outputs, n = m + r - 1
 
@@ -10,9 +11,12 @@ struct F43 {
   static constexpr int kM = 4, kR = 3, kN = 6;
   static constexpr double kInput[kN][kN] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
                                             {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
-  static constexpr double kFilter[kN][kR] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6},
-                                             {-1. / 6, 1. / 6, -1. / 6}, {1. / 24, 1. / 12, 1. / 6},
-                                             {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
+  static constexpr double kFilter[kN][kR] = {{1. / 4, 0, 0},
+                                             {-1. / 6, -1. / 6, -1. / 6},
+                                             {-1. / 6, 1. / 6, -1. / 6},
+                                             {1. / 24, 1. / 12, 1. / 6},
+                                             {1. / 24, -1. / 12, 1. / 6},
+                                             {0, 0, 1}};
   static constexpr double kOutput[kM][kN] = {
       {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
 };
@@ -22,14 +26,15 @@ struct F42 {
   static constexpr int kM = 4, kR = 2, kN = 5;
   static constexpr double kInput[kN][kN] = {
       {2, -1, -2, 1, 0}, {0, -2, -1, 1, 0}, {0, 2, -3, 1, 0}, {0, -1, 0, 1, 0}, {0, 2, -1, -2, 1}};
-  static constexpr double kFilter[kN][kR] = {{1. / 2, 0}, {-1. / 2, -1. / 2}, {-1. / 6, 1. / 6}, {1. / 6, 1. / 3}, {0, 1}};
+  static constexpr double kFilter[kN][kR] = {
+      {1. / 2, 0}, {-1. / 2, -1. / 2}, {-1. / 6, 1. / 6}, {1. / 6, 1. / 3}, {0, 1}};
   static constexpr double kOutput[kM][kN] = {{1, 1, 1, 1, 0}, {0, 1, -1, 2, 0}, {0, 1, 1, 4, 0}, {0, 1, -1, 8, 1}};
 };
 
 // One row of a transform: sum over j of coefficient[j] * in[j * step]. The coefficients are constants, so zeros vanish.
 template <class T, int Columns>
-SEGPOSE_INLINE typename Simd<T>::Vector combine(const double (&coefficients)[Columns], const typename Simd<T>::Vector* in,
-                                                int step) {
+SEGPOSE_INLINE typename Simd<T>::Vector combine(const double (&coefficients)[Columns],
+                                                const typename Simd<T>::Vector* in, int step) {
   typename Simd<T>::Vector sum = {};
   bool first = true;
   SEGPOSE_UNROLL
@@ -102,7 +107,8 @@ void winograd_filter(const T* w, int64_t tap_step, int64_t columns, T* u, int64_
 
 // m[frequency * step + column] to the m * m pixels of a tile, with the epilogue; pixels outside the image are null.
 template <class T, class F>
-void winograd_output(const T* m, int64_t step, int64_t columns, const Epilogue& epilogue, const T* bias, T* const* out) {
+void winograd_output(const T* m, int64_t step, int64_t columns, const Epilogue& epilogue, const T* bias,
+                     T* const* out) {
   constexpr int kLength = Simd<T>::kLength;
   const T negative_slope = static_cast<T>(epilogue.negative_slope);
   for (int64_t column = 0; column < columns; column += kLength) {

@@ -48,14 +48,14 @@ struct Extents {
 
 template <class T>
 struct Scratch {
-  T* v;                 // [frequency][tile][channel]
-  T* product;           // [frequency][tile][column]
-  const T** v_rows;     // [tile]
-  T** product_rows;     // [tile]
-  T** out;              // [tile][m * m] destination pixels, null outside the image
-  int64_t* offsets;     // [tile][m * m] their element offsets
-  T* pixels;            // [tile][m * m][columns] on their way to another layout or dtype
-  T* taps;              // filters of one panel before their transform
+  T* v;              // [frequency][tile][channel]
+  T* product;        // [frequency][tile][column]
+  const T** v_rows;  // [tile]
+  T** product_rows;  // [tile]
+  T** out;           // [tile][m * m] destination pixels, null outside the image
+  int64_t* offsets;  // [tile][m * m] their element offsets
+  T* pixels;         // [tile][m * m][columns] on their way to another layout or dtype
+  T* taps;           // filters of one panel before their transform
 
   Scratch(const Plan& plan, bool direct, Arena& arena) {
     const Extents e(plan);
@@ -168,7 +168,8 @@ void transform_output(const GatherLaunch<T>& launch, const Block& block, const E
         T*& pixel = out[i * e.m + j];
         pixel = nullptr;
         if (row + i >= phase.rows || col + j >= phase.cols) continue;
-        const int64_t offset = destination.offset(n, phase.oh + (row + i) * phase.ostep_h, phase.ow + (col + j) * phase.ostep_w);
+        const int64_t offset =
+            destination.offset(n, phase.oh + (row + i) * phase.ostep_h, phase.ow + (col + j) * phase.ostep_w);
         pixel = direct ? destination.template as<T>() + offset + channel : scratch.pixels + written * e.m_row;
         scratch.offsets[written++] = offset;
       }
@@ -176,7 +177,8 @@ void transform_output(const GatherLaunch<T>& launch, const Block& block, const E
     codelet.output(scratch.product + t * e.m_row, e.m_step, columns, launch.epilogue, bias, out);
   }
   if (!direct) {
-    unstage_block(ukernels<T>(plan.isa), scratch.pixels, e.m_row, written, columns, destination, scratch.offsets, channel);
+    unstage_block(ukernels<T>(plan.isa), scratch.pixels, e.m_row, written, columns, destination, scratch.offsets,
+                  channel);
   }
 }
 
@@ -187,24 +189,26 @@ void transform_filters(const Plan& plan, const FilterView& filter, const Extents
   const int64_t chunks = ceil_div(e.depth, kFilterChannels);
   const int64_t groups = plan.gemm_groups();
   const WinogradCodelets<T>& codelet = codelets<T>(plan);
-  for_each_task(executor, static_cast<int64_t>(plan.phases.size()) * groups * panels * chunks, [&](int64_t task, int64_t worker) {
-    Arena arena(scratch_base + worker * scratch_bytes);
-    const Scratch<T> scratch(plan, direct, arena);
-    const int64_t begin = task % chunks * kFilterChannels;
-    const int64_t count = std::min(kFilterChannels, e.depth - begin);
-    const Panel& panel = plan.panels[static_cast<size_t>(task / chunks % panels)];
-    const int64_t group = task / (chunks * panels) % groups;
-    const int64_t phase = task / (chunks * panels * groups);
-    const int64_t tap_step = count * panel.nr;
-    const auto& taps = plan.phases[static_cast<size_t>(phase)].taps;
-    for (size_t t = 0; t < taps.size(); ++t) {
-      pack_tap(plan, filter, taps[t], group, panel, begin, count, scratch.taps + static_cast<int64_t>(t) * tap_step);
-    }
-    T* u = transformed + (phase * groups + group) * e.group_size + panel.column * e.depth + begin * panel.nr;
-    for (int64_t c = 0; c < count; ++c) {
-      codelet.filter(scratch.taps + c * panel.nr, tap_step, panel.nr, u + c * panel.nr, e.filter_step);
-    }
-  });
+  for_each_task(
+      executor, static_cast<int64_t>(plan.phases.size()) * groups * panels * chunks, [&](int64_t task, int64_t worker) {
+        Arena arena(scratch_base + worker * scratch_bytes);
+        const Scratch<T> scratch(plan, direct, arena);
+        const int64_t begin = task % chunks * kFilterChannels;
+        const int64_t count = std::min(kFilterChannels, e.depth - begin);
+        const Panel& panel = plan.panels[static_cast<size_t>(task / chunks % panels)];
+        const int64_t group = task / (chunks * panels) % groups;
+        const int64_t phase = task / (chunks * panels * groups);
+        const int64_t tap_step = count * panel.nr;
+        const auto& taps = plan.phases[static_cast<size_t>(phase)].taps;
+        for (size_t t = 0; t < taps.size(); ++t) {
+          pack_tap(plan, filter, taps[t], group, panel, begin, count,
+                   scratch.taps + static_cast<int64_t>(t) * tap_step);
+        }
+        T* u = transformed + (phase * groups + group) * e.group_size + panel.column * e.depth + begin * panel.nr;
+        for (int64_t c = 0; c < count; ++c) {
+          codelet.filter(scratch.taps + c * panel.nr, tap_step, panel.nr, u + c * panel.nr, e.filter_step);
+        }
+      });
 }
 
 }  // namespace
@@ -221,7 +225,8 @@ int64_t winograd_scratch(const Plan& plan) {
 }
 
 template <class T>
-void launch_winograd(const GatherLaunch<T>& launch, const FilterView& filter, T* transformed, const Executor& executor) {
+void launch_winograd(const GatherLaunch<T>& launch, const FilterView& filter, T* transformed,
+                     const Executor& executor) {
   const Plan& plan = *launch.plan;
   const Extents e(plan);
   const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
@@ -234,8 +239,8 @@ void launch_winograd(const GatherLaunch<T>& launch, const FilterView& filter, T*
     for (int64_t group = 0; group < plan.gemm_groups(); ++group) {
       for (int64_t split = 0; split < plan.splits; ++split) {
         for (int64_t first = 0; first < tiles.count; first += plan.block_m) {
-          blocks.push_back({static_cast<int64_t>(p), group, panels * split / plan.splits, panels * (split + 1) / plan.splits,
-                            first, std::min(plan.block_m, tiles.count - first)});
+          blocks.push_back({static_cast<int64_t>(p), group, panels * split / plan.splits,
+                            panels * (split + 1) / plan.splits, first, std::min(plan.block_m, tiles.count - first)});
         }
       }
     }

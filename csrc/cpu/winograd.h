@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fprop and dgrad by Winograd tiles: transform the input tiles, one GEMM per frequency, transform back with the epilogue.
+// fprop and dgrad by Winograd tiles: transform the input tiles, one GEMM per frequency, transform back with the
+// epilogue.
 #pragma once
 
 #include "igemm.h"

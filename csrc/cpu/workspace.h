@@ -35,13 +35,15 @@ class WorkspacePool {
       return tensor;
     }
     if (!free_.empty()) free_.pop_back();
-    return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
+    return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt,
+                                device);
   }
 
   void release(torch::stable::Tensor tensor) {
     if (tensor.numel() > kRetainedBytes) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto place = std::find_if(free_.begin(), free_.end(), [&](const auto& other) { return other.numel() > tensor.numel(); });
+    const auto place =
+        std::find_if(free_.begin(), free_.end(), [&](const auto& other) { return other.numel() > tensor.numel(); });
     free_.insert(place, std::move(tensor));
   }
 
