@@ -8,6 +8,7 @@ number draws new ones, and a failure prints how to repeat it).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from segpose_kernels import _plan
+from segpose_kernels.settings import release_workspace
 from segpose_kernels.testing.counters import OperatorCounter
 from segpose_kernels.testing.fused import run_fused
 from segpose_kernels.testing.numerics import TOLERANCES, assert_results_match
+from segpose_kernels.testing.plans import problem_of
 from segpose_kernels.testing.problems import LAYOUTS, ConvSpec
 from segpose_kernels.testing.spec import Op, Pair
 
@@ -26,6 +30,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 DEFAULT_CASES = 1000
 CASES = int(os.environ.get("SEGPOSE_FUZZ_CASES", DEFAULT_CASES))
+
+
+TILED_CASES = CASES // 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,52 @@ def cases(draw: st.DrawFn, op: Op) -> Case:
     )
 
 
+@st.composite
+def tiled_cases(draw: st.DrawFn) -> Case:
+    """Maps and channels large enough that the plan may choose Winograd, tiles ragged or not."""
+    op: Op = draw(st.sampled_from(("conv2d", "conv_transpose2d")))
+    groups = draw(st.sampled_from((1, 1, 2)))
+    kernel = draw(st.sampled_from((3, 3, 2)))
+    per_group = st.integers(16, 40) if kernel == 3 else st.integers(40, 70)
+    extent = st.integers(18, 30)
+    padding = st.integers(0, 4)
+    spec = ConvSpec(
+        name="fuzz",
+        op=op,
+        n=draw(st.integers(1, 3)),
+        c_in=groups * draw(per_group),
+        c_out=groups * draw(per_group),
+        h=draw(extent),
+        w=draw(extent),
+        kernel=(kernel, kernel),
+        padding=(draw(padding), draw(padding)),
+        groups=groups,
+        activation=draw(st.sampled_from(("none", "relu", "leaky_relu"))),
+        slope=draw(st.sampled_from((0.01, 0.3))),
+        bias=draw(st.booleans()),
+    )
+    layout = st.sampled_from(LAYOUTS)
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    layouts = (draw(layout), draw(layout), draw(layout))
+    return Case(spec, dtype, layouts, seed=draw(st.integers(0, 2**31)))
+
+
+def fuzz_settings(cases: int) -> settings:
+    return settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=CASES == DEFAULT_CASES,
+        print_blob=True,
+        # A failing case is shrunk, but not explained: explaining repeats it hundreds of times.
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+    )
+
+
 def check(case: Case) -> None:
+    if case.seed % 2:
+        release_workspace()  # half of the cases start on poisoned scratch memory, half on stale
     tensors = case.spec.make_tensors(
         case.dtype,
         generator=torch.Generator().manual_seed(case.seed),
@@ -133,16 +185,7 @@ def test_random_problems_agree_with_float64(op: Op) -> None:
     wanted = -(-CASES // 2)
     seen = 0
 
-    @settings(
-        max_examples=wanted,
-        deadline=None,
-        database=None,
-        derandomize=CASES == DEFAULT_CASES,
-        print_blob=True,
-        # A failing case is shrunk, but not explained: explaining repeats it hundreds of times.
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
-        suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
-    )
+    @fuzz_settings(wanted)
     @given(cases(op))
     def run(case: Case) -> None:
         nonlocal seen
@@ -151,6 +194,22 @@ def test_random_problems_agree_with_float64(op: Op) -> None:
 
     run()
     assert seen >= wanted
+
+
+def test_random_tiled_problems_agree_with_float64() -> None:
+    """The same for problems of the size at which Winograd is chosen."""
+    algorithms: Counter[str] = Counter()
+
+    @fuzz_settings(max(TILED_CASES, 1))
+    @given(tiled_cases())
+    def run(case: Case) -> None:
+        for name in ("fprop", "dgrad"):
+            algorithms[_plan.plan(problem_of(case.spec), name).algorithm] += 1
+        check(case)
+
+    run()
+    if TILED_CASES > 20:
+        assert algorithms["winograd"] > TILED_CASES // 2, dict(algorithms)
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)

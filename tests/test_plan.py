@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from segpose_kernels import _plan
+from segpose_kernels.testing.plans import problem_of
 from segpose_kernels.testing.problems import (
     AUTOENCODER,
     CPM2DPOSE,
@@ -26,23 +27,6 @@ from segpose_kernels.testing.spec import Pair
 ALL = tuple(dict.fromkeys((*KERNEL_PROBLEMS, *AUTOENCODER, *SEGNET, *CPM2DPOSE, *TRANSPOSED)))
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def problem_of(spec: ConvSpec) -> Any:
-    """The convolution view of a named problem."""
-    if spec.transposed:
-        return _plan.ConvProblem.for_conv_transpose2d(
-            spec.input_shape,
-            spec.weight_shape,
-            spec.stride,
-            spec.padding,
-            spec.output_padding,
-            spec.groups,
-            spec.dilation,
-        )
-    return _plan.ConvProblem.for_conv2d(
-        spec.input_shape, spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups
-    )
 
 
 def assert_phases_partition_dgrad(
@@ -172,6 +156,15 @@ def test_every_problem_has_a_plan(op: str, dtype: str, isa: str) -> None:
             assert plan.k_chunk > 0
             assert len(plan.tile) == 2
             assert plan.bytes > 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_small_problems_reach_every_algorithm(op: str) -> None:
+    """What the models at full size run is also in the table that every test run goes through."""
+    names = {_plan.plan(problem_of(spec), op).algorithm for spec in ALL}
+    small = {_plan.plan(problem_of(spec), op).algorithm for spec in KERNEL_PROBLEMS}
+    assert names <= small
+    assert len(names) >= 2
 
 
 def test_plan_is_a_pure_function() -> None:

@@ -8,11 +8,15 @@ figures; `resident_bytes` sees that too.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from ..settings import release_workspace
 
 __all__ = ["allocation_sizes", "peak_allocated_bytes", "resident_bytes", "unreturned_bytes"]
 
@@ -43,8 +47,10 @@ def peak_allocated_bytes(fn: Callable[[], object]) -> int:
 
     For a training step this is activations, gradients and temporaries. Call the step once before
     measuring and keep `.grad` tensors alive (`zero_grad(set_to_none=False)`) to leave parameters'
-    gradients and the optimizer's state out of the figure.
+    gradients and the optimizer's state out of the figure. Scratch memory that the kernels keep from
+    earlier calls is freed first, so that it counts.
     """
+    release_workspace()
     held = peak = 0
     for size in allocation_sizes(fn):
         held += size
@@ -58,7 +64,12 @@ def unreturned_bytes(fn: Callable[[], None]) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident set size of this process in bytes (Linux: from /proc; 0 where that is missing)."""
+    """Resident set size of this process in bytes (Linux: from /proc; 0 where that is missing).
+
+    Pages that malloc holds free go back to the system first (glibc): a leak would hide in them.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

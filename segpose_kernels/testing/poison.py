@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..settings import release_workspace
+
 __all__ = ["poisoned_memory"]
 
 _M_PERTURB = -6  # mallopt(3)
@@ -35,8 +37,9 @@ def poisoned_memory() -> Iterator[None]:
     Two layers: torch fills what `torch.empty` and its kin give (any libc, tensors only; by
     `torch.utils.deterministic.fill_uninitialized_memory`, on by default), and glibc fills
     every block of malloc with 0xFF bytes, a NaN in each floating-point dtype, which reaches the
-    scratch memory of a C++ operator as well.
+    scratch memory of a C++ operator as well. Scratch memory kept from earlier calls is freed first.
     """
+    release_workspace()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -283,6 +283,15 @@ GEOMETRIES: tuple[ConvSpec, ...] = (
     _conv_t("transposed-batch5-s5", 5, 3, 2, 2, 4, (4, 7), stride=(1, 5), padding=(1, 0)),
     _conv_t("transposed-batch16-k7", 16, 5, 4, 1, 1, (7, 7), padding=(2, 2)),
     _conv_t("transposed-batch5-s2", 5, 4, 3, 2, 3, (5, 5), stride=(2, 2), padding=(2, 1)),
+    # Large enough for Winograd tiles to pay, none a multiple of a tile, in each pass that has them.
+    _conv("conv-tiles-k3", 1, 19, 37, 25, 22, (3, 3), padding=(1, 1)),
+    _conv("conv-tiles-k3-p0x2", 2, 24, 21, 26, 19, (3, 3), padding=(0, 2), activation="relu"),
+    _conv("conv-tiles-groups2", 1, 36, 40, 25, 26, (3, 3), padding=(1, 0), groups=2),
+    _conv("conv-tiles-k2", 2, 50, 49, 24, 25, (2, 2), padding=(1, 0), activation="none"),
+    _conv("conv-tiles-k6s2", 2, 20, 24, 31, 30, (6, 6), stride=(2, 2), padding=(2, 1)),
+    _conv_t("transposed-tiles-k3", 1, 19, 37, 25, 22, (3, 3), padding=(1, 0)),
+    _conv_t("transposed-tiles-k4s2", 2, 33, 35, 23, 22, (4, 4), stride=(2, 2), padding=(1, 1)),
+    _conv_t("transposed-tiles-k6s2", 1, 16, 21, 24, 23, (6, 6), stride=(2, 2), padding=(2, 1)),
     # Remaining edges of the definition.
     _conv("conv-no-bias", 2, 4, 6, 6, 7, (3, 3), bias=False),
     _conv("conv-no-activation", 2, 4, 6, 6, 7, (3, 3), activation="none"),
