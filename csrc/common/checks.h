@@ -64,6 +64,7 @@ inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const
   problem.c = weight.size(1) * attributes.groups;
   STD_TORCH_CHECK(problem.r > 0 && problem.s > 0, "segpose: kernel extents must be positive, got ", problem.r, " x ",
                   problem.s);
+  STD_TORCH_CHECK((attributes.transposed ? problem.c : problem.k) > 0, "segpose: weight must have output channels");
   STD_TORCH_CHECK(problem.k % attributes.groups == 0, "segpose: weight.size(0)=", problem.k,
                   " must be divisible by groups=", attributes.groups);
   if (attributes.transposed) {

@@ -23,7 +23,7 @@ std::vector<Isa> available_isas();
 // names when the variable names something else.
 Isa selected_isa();
 
-// The instruction set of that name; throws like selected_isa().
+// The instruction set of that name; throws std::runtime_error with the valid names.
 Isa parse_isa(const std::string& name);
 
 }  // namespace segpose

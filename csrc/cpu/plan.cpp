@@ -299,7 +299,7 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool
 
 std::string Plan::str() const {
   std::ostringstream out;
-  out << pass_name(pass) << ' ' << algorithm_name(algorithm) << ' ' << dtype_name(dtype) << " __" << isa_name(isa)
+  out << pass_name(pass) << ' ' << algorithm_name(algorithm) << ' ' << dtype_name(dtype) << ' ' << isa_name(isa)
       << " phases=" << phases.size() << " panels=" << panels.size();
   if (!panels.empty()) out << 'x' << panels.front().nr;
   if (winograd_r != 0) {

@@ -82,6 +82,25 @@ void fill_row_table(const Phase& phase, const TensorView& source, const TensorVi
   }
 }
 
+// The first i in [0, count] with start + i * step >= bound.
+inline int64_t first_inside(int64_t start, int64_t step, int64_t bound, int64_t count) {
+  if (start >= bound) return 0;
+  const int64_t steps = (bound - start + step - 1) / step;
+  return steps < count ? steps : count;
+}
+
+// A few channels: a loop beats memcpy. Null reads as zeros.
+template <class T>
+inline void copy_pixel(const T* source, int64_t channels, T* out) {
+  if (source == nullptr) {
+    for (int64_t c = 0; c < channels; ++c) out[c] = T{0};
+  } else if (channels == 1) {
+    *out = *source;
+  } else {
+    for (int64_t c = 0; c < channels; ++c) out[c] = source[c];
+  }
+}
+
 // Copies the taps of every pixel together: rows of taps * channels values, `row_step` apart, zeros for padding.
 // `offset` is the first channel.
 template <class T>
@@ -94,18 +113,17 @@ void gather_rows(const Phase& phase, const TensorView& source, int64_t offset, i
       const Tap& tap = phase.taps[static_cast<size_t>(t)];
       T* out = rows + m * row_step + t * channels;
       const int64_t ih = row * phase.istep_h + tap.off_h;
-      const bool inside_h = ih >= 0 && ih < source.h;
-      const T* line = data + (inside_h ? source.offset(n, ih, 0) : 0);
       const int64_t iw = col * phase.istep_w + tap.off_w;
-      for (int64_t i = 0; i < run; ++i, out += row_step) {
-        const int64_t w = iw + i * phase.istep_w;
-        if (inside_h && w >= 0 && w < source.w) {
-          const T* pixel = line + w * source.stride_w;
-          for (int64_t c = 0; c < channels; ++c) out[c] = pixel[c];
-        } else {
-          for (int64_t c = 0; c < channels; ++c) out[c] = T{0};
-        }
+      // Pixels [begin, end) of the run read the source, the others padding.
+      const bool inside_h = ih >= 0 && ih < source.h;
+      const int64_t begin = inside_h ? first_inside(iw, phase.istep_w, 0, run) : run;
+      const int64_t end = inside_h ? first_inside(iw, phase.istep_w, source.w, run) : run;
+      const T* line = inside_h ? data + source.offset(n, ih, 0) : nullptr;
+      for (int64_t i = 0; i < begin; ++i) copy_pixel<T>(nullptr, channels, out + i * row_step);
+      for (int64_t i = begin; i < end; ++i) {
+        copy_pixel(line + (iw + i * phase.istep_w) * source.stride_w, channels, out + i * row_step);
       }
+      for (int64_t i = end; i < run; ++i) copy_pixel<T>(nullptr, channels, out + i * row_step);
     }
   });
 }

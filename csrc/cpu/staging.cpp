@@ -118,7 +118,8 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
   T line[kBlock];
   for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
     const int64_t width = std::min(kBlock, count - m0);
-    const bool in_line = offsets[m0 + width - 1] - offsets[m0] == width - 1;
+    bool in_line = true;
+    for (int64_t m = 1; m < width; ++m) in_line = in_line && offsets[m0 + m] == offsets[m0] + m;
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t start = (channel + c) * destination.stride_c;
       for (int64_t m = 0; m < width; ++m) line[m] = rows[(m0 + m) * row_step + c];

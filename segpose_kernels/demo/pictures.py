@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +169,7 @@ def learning_curve(history: History, class_iou: Tensor, epoch_steps: int) -> Fig
 
     axis = figure.add_subplot(grid[0, 0], title="training loss (cross entropy)", xlabel="epoch")
     losses = torch.tensor(history.losses)
-    axis.plot(epochs, losses, color=_RULE, linewidth=0.7)
+    axis.plot(epochs, losses, color="#cfd4da", linewidth=0.7)
     width = min(50, len(losses))
     smooth = losses.unfold(0, width, 1).mean(dim=1)
     axis.plot(
@@ -328,14 +328,14 @@ def _montage(axis: Any, heatmaps: Tensor, title: str) -> None:
 
 def speed_bars(timings: Sequence[TimingRow], memory: Sequence[MemoryRow], remark: str) -> Figure:
     """Time of each operation and peak memory of each training step, side by side."""
-    panels: list[tuple[str, dict[str, float], str]] = [
-        (f"{row.workload}\n{row.operation}", row.milliseconds, "{:.3g} ms") for row in timings
+    panels: list[tuple[str, dict[str, float], Callable[[float], str]]] = [
+        (f"{row.workload}\n{row.operation}", row.milliseconds, _time) for row in timings
     ]
     panels += [
         (
             f"{row.workload}\nstep, peak memory",
             {name: size / 2**20 for name, size in row.bytes.items()},
-            "{:.3g} MiB",
+            lambda mebibytes: f"{mebibytes:.3g} MiB",
         )
         for row in memory
     ]
@@ -350,9 +350,7 @@ def speed_bars(timings: Sequence[TimingRow], memory: Sequence[MemoryRow], remark
         top = max(values.values())
         for x, name in enumerate((EAGER, EAGER_CHANNELS_LAST, OURS)):
             axis.bar(x, values[name], color=_COLOURS[name], width=0.8)
-            axis.text(
-                x, values[name] + 0.015 * top, form.format(values[name]), ha="center", fontsize=8
-            )
+            axis.text(x, values[name] + 0.015 * top, form(values[name]), ha="center", fontsize=8)
         ratio = values[OURS] / min(values[EAGER], values[EAGER_CHANNELS_LAST])
         axis.set_xlabel(f"ratio {ratio:.2f}", color=_INK, fontsize=10, labelpad=7)
         axis.set(xticks=[], yticks=[], ylim=(0, 1.12 * top))
@@ -364,3 +362,7 @@ def speed_bars(timings: Sequence[TimingRow], memory: Sequence[MemoryRow], remark
         ncols=3,
     )
     return figure
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .. import _plan
 from .spec import ConvSpec
 
 __all__ = ["problem_of"]
 
 
-def problem_of(spec: ConvSpec) -> Any:
+def problem_of(spec: ConvSpec) -> _plan.ConvProblem:
     """The convolution view of a named problem."""
     if spec.transposed:
         return _plan.ConvProblem.for_conv_transpose2d(

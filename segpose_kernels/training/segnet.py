@@ -55,10 +55,11 @@ def segmentation_loss(
 def lift_final_bias(model: nn.Module, value: float) -> None:
     """Set the final bias of a SegNet that ends in ReLU, so that no class starts dead.
 
-    A logit the ReLU clamps on every pixel gets no gradient. From torch's own initialisation most
-    seeds lose one to three of the eleven classes' logits for long or for good, which costs several
-    hundredths of mean IoU; with a start of 3 none was lost. The softmax does not see a constant
-    added to all logits, so the start is otherwise the same.
+    A logit that the ReLU clamps gets no gradient. From torch's own initialisation some classes stay
+    clamped on part of their pixels: with the recipe above and seed 0, three of the eleven end at an
+    IoU of 0.60 to 0.66, and the mean at 0.77. From a bias of 3 every class learned in each seed
+    tried (0 to 3), for a mean of 0.81 to 0.82. The softmax does not see a constant added to all
+    logits, so nothing else about the start changes.
     """
     with torch.no_grad():
         dict(model.named_parameters())[_FINAL_BIAS].fill_(value)
