@@ -62,6 +62,7 @@ DType parse_dtype(const std::string& name) {
 
 // Rows and columns of the widest microkernel that the plan uses.
 std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
+  if (plan.algorithm == Algorithm::split) return {2 * kTileRows, 2 * kTileColumns};
   if (plan.panels.empty()) return {0, 0};
   const Panel& panel = plan.panels.front();
   if (plan.algorithm == Algorithm::depthwise) return {kDepthwiseRows, ukernels<float>(plan.isa).vector_length};

@@ -74,9 +74,8 @@ Ints shape_of(const ConvProblem& problem, bool x_shaped) {
   return {problem.n, problem.k, problem.p, problem.q};
 }
 
-void run_gather(const ConvProblem& problem, Pass pass, const TensorView& source, const Tensor& weight,
-                const OptionalTensor& bias, const Tensor& destination, const Epilogue& epilogue) {
-  const Plan plan = plan_conv(problem, pass, to_dtype(weight), selected_isa(), exact_algorithms);
+void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weight, const OptionalTensor& bias,
+                const Tensor& destination, const Epilogue& epilogue) {
   const Executor executor = torch_executor();
   const GatherPass request{&plan,
                            source,
@@ -87,6 +86,10 @@ void run_gather(const ConvProblem& problem, Pass pass, const TensorView& source,
                            epilogue};
   const Workspace workspace(gather_workspace(request, executor.workers), weight);
   run_gather_pass(request, workspace.data(), executor);
+}
+
+Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight) {
+  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), exact_algorithms);
 }
 
 // act(bias) everywhere: what a convolution over no channels gives.
@@ -102,7 +105,7 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
   one.w = one.q = output.size(3);
   Tensor weight = torch::stable::new_zeros(output, {output.size(1), 1, 1, 1});
   Tensor source = torch::stable::new_zeros(output, {output.size(0), output.size(1), output.size(2), output.size(3)});
-  run_gather(one, Pass::fprop, view_of(source), weight, bias, output, epilogue);
+  run_gather(plan_for(one, Pass::fprop, weight), {view_of(source), nullptr}, weight, bias, output, epilogue);
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
@@ -115,51 +118,45 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    run_gather(problem, attributes.transposed ? Pass::dgrad : Pass::fprop, view_of(input), weight, bias, output,
-               epilogue);
+    const Plan plan = plan_for(problem, attributes.transposed ? Pass::dgrad : Pass::fprop, weight);
+    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue);
   }
   return output;
 }
 
-// What the passes of a backward share: dy after the activation's gradient, as channel rows or in place.
+// dy after the activation's gradient, as the passes of a backward read it.
 struct MaskedGradient {
-  TensorView view;
-  std::unique_ptr<Workspace> storage;  // null when read in place
+  MaskedSource source;
+  SourceMask mask{};
+  std::unique_ptr<Workspace> storage;  // of a masked copy, where a pass reads rows in place
 };
 
-MaskedGradient mask_gradient(const Tensor& grad_output, const OptionalTensor& output, const Epilogue& epilogue,
-                             OptionalTensor& grad_bias) {
+// Algorithms that pack their source mask it on the way; the others read a masked copy. The bias gradient falls out of
+// the same pass over dy.
+void mask_gradient(MaskedGradient& gradient, const Tensor& grad_output, const OptionalTensor& output,
+                   const Epilogue& epilogue, bool packed, OptionalTensor& grad_bias) {
   const TensorView grad = view_of(grad_output);
   const DType compute = compute_dtype_of(grad.dtype);
-  const bool masked = epilogue.activation != Activation::none;
-  const bool in_place = !masked && grad.has_channel_rows(compute);
-  MaskedGradient result{grad, nullptr};
-  if (in_place && !grad_bias.has_value()) return result;
-  GradientPass pass{grad,
-                    nullptr,
-                    epilogue,
-                    selected_isa(),
-                    nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
-                    grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
-  TensorView output_view{};
-  if (masked) {
-    output_view = view_of(*output);
-    pass.output = &output_view;
+  gradient.source = {grad, nullptr};
+  if (epilogue.activation != Activation::none) {
+    gradient.mask = {view_of(*output), epilogue.activation, epilogue.negative_slope};
+    gradient.source.mask = &gradient.mask;
   }
-  if (!in_place) {
-    result.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
-    pass.masked.data = result.storage->data();
-    result.view = pass.masked;
+  const bool copied = !packed && !gradient.source.in_place(compute);
+  if (!copied && !grad_bias.has_value()) return;
+  GradientPass pass{gradient.source, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
+                    grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
+  if (copied) {
+    gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
+    pass.masked.data = gradient.storage->data();
   }
   const Executor executor = torch_executor();
   const Workspace workspace(gradient_workspace(pass, executor.workers), grad_output);
   run_gradient_pass(pass, workspace.data(), executor);
-  return result;
+  if (copied) gradient.source = {pass.masked, nullptr};
 }
 
-void run_wgrad(const ConvProblem& problem, const TensorView& grad, const TensorView& activation,
-               const Tensor& grad_weight) {
-  const Plan plan = plan_conv(problem, Pass::wgrad, to_dtype(grad_weight), selected_isa());
+void run_wgrad(const Plan& plan, const MaskedSource& grad, const MaskedSource& activation, const Tensor& grad_weight) {
   const Executor executor = torch_executor();
   const WgradPass pass{&plan, grad, activation, filter_of(grad_weight)};
   const Workspace workspace(wgrad_workspace(pass, executor.workers), grad_weight);
@@ -189,19 +186,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     torch::stable::zero_(grad_weight);
     if (grad_bias.has_value()) torch::stable::zero_(*grad_bias);
   } else {
-    const MaskedGradient masked = mask_gradient(grad_output, output, epilogue, grad_bias);
-    const TensorView& grad = masked.view;
-    if (need_input && grad_input.numel() > 0) {
-      run_gather(problem, attributes.transposed ? Pass::fprop : Pass::dgrad, grad, weight, std::nullopt, grad_input,
-                 {Activation::none, 1.0});
-    }
-    if (need_weight && grad_weight.numel() > 0) {
-      if (attributes.transposed) {
-        run_wgrad(problem, view_of(input), grad, grad_weight);
-      } else {
-        run_wgrad(problem, grad, view_of(input), grad_weight);
-      }
-    }
+    const bool by_input = need_input && grad_input.numel() > 0;
+    const bool by_weight = need_weight && grad_weight.numel() > 0;
+    const Pass input_pass = attributes.transposed ? Pass::fprop : Pass::dgrad;
+    const Plan input_plan = by_input ? plan_for(problem, input_pass, weight) : Plan{};
+    const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight) : Plan{};
+    const bool packed = (!by_input || input_plan.packs_source()) && (!by_weight || weight_plan.packs_source());
+    MaskedGradient gradient;
+    mask_gradient(gradient, grad_output, output, epilogue, packed, grad_bias);
+    if (by_input) run_gather(input_plan, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0});
+    const MaskedSource activation{view_of(input), nullptr};
+    if (by_weight && attributes.transposed) run_wgrad(weight_plan, activation, gradient.source, grad_weight);
+    if (by_weight && !attributes.transposed) run_wgrad(weight_plan, gradient.source, activation, grad_weight);
   }
   return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};
 }

@@ -4,7 +4,43 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace segpose {
+namespace {
+
+#if defined(__x86_64__)
+struct AmxFeatures {
+  bool tiles, bf16, avx512_bf16;
+};
+
+AmxFeatures amx_features() {
+  unsigned a = 0, b = 0, c = 0, d = 0, extended = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  const unsigned features = d;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) extended = a;
+  return {(features >> 24 & 1) != 0, (features >> 22 & 1) != 0, (extended >> 5 & 1) != 0};
+}
+
+// Linux keeps the tile registers of a process only after it has asked for them.
+bool permit_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -14,6 +50,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::amx:
+      return "amx";
   }
   return "unknown";
 }
@@ -22,11 +60,13 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const auto has = [](int supported) { return supported != 0; };
+  const AmxFeatures amx = amx_features();
   return {
       {"avx2", has(__builtin_cpu_supports("avx2"))},         {"fma", has(__builtin_cpu_supports("fma"))},
       {"f16c", has(__builtin_cpu_supports("f16c"))},         {"avx512f", has(__builtin_cpu_supports("avx512f"))},
       {"avx512bw", has(__builtin_cpu_supports("avx512bw"))}, {"avx512dq", has(__builtin_cpu_supports("avx512dq"))},
-      {"avx512vl", has(__builtin_cpu_supports("avx512vl"))},
+      {"avx512vl", has(__builtin_cpu_supports("avx512vl"))}, {"avx512_bf16", amx.avx512_bf16},
+      {"amx_tile", amx.tiles},                               {"amx_bf16", amx.bf16},
   };
 #else
   return {};
@@ -38,15 +78,17 @@ std::vector<Isa> available_isas() {
 #if defined(__x86_64__)
   bool avx2 = true;
   bool avx512 = true;
+  bool amx = true;
   for (const auto& [name, present] : cpu_features()) {
-    if (name.rfind("avx512", 0) == 0) {
-      avx512 = avx512 && present;
-    } else {
-      avx2 = avx2 && present;
-    }
+    bool& needed = name.rfind("amx", 0) == 0 || name == "avx512_bf16" ? amx
+                   : name.rfind("avx512", 0) == 0                     ? avx512
+                                                                      : avx2;
+    needed = needed && present;
   }
   if (avx2) isas.push_back(Isa::avx2);
   if (avx2 && avx512) isas.push_back(Isa::avx512);
+  static const bool tiles = permit_tiles();
+  if (avx2 && avx512 && amx && tiles) isas.push_back(Isa::amx);
 #endif
   return isas;
 }

@@ -8,8 +8,8 @@
 
 namespace segpose {
 
-// In rising order of preference.
-enum class Isa { generic, avx2, avx512 };
+// In rising order of preference. amx is avx512 with tiles of bfloat16 beside it.
+enum class Isa { generic, avx2, avx512, amx };
 
 const char* isa_name(Isa isa);
 

@@ -6,21 +6,13 @@
 #include "staging.h"
 
 namespace segpose {
-namespace {
 
-// Element offset of the weight that multiplies source channel `from` into column `column` of a group.
-struct FilterStrides {
-  int64_t group, column, from;
-};
-
-FilterStrides strides_for(const Plan& plan, const FilterView& filter) {
+FilterStrides filter_strides(const Plan& plan, const FilterView& filter) {
   if (plan.algorithm == Algorithm::depthwise) return {0, filter.stride_k, 0};
   const int64_t group = plan.problem.k_per_group() * filter.stride_k;
   if (plan.pass == Pass::fprop) return {group, filter.stride_k, filter.stride_c};
   return {group, filter.stride_c, filter.stride_k};
 }
-
-}  // namespace
 
 PackedFilter::PackedFilter(const Plan& plan) {
   for (const Phase& phase : plan.phases) {
@@ -37,7 +29,7 @@ int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t grou
 template <class T>
 void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,
               int64_t begin, int64_t from, T* packed) {
-  const FilterStrides strides = strides_for(plan, filter);
+  const FilterStrides strides = filter_strides(plan, filter);
   const int64_t start = group * strides.group + panel.column * strides.column + begin * strides.from +
                         tap.r * filter.stride_r + tap.s * filter.stride_s;
   const int64_t columns = panel.columns;

@@ -23,6 +23,13 @@ class PackedFilter {
   int64_t size_ = 0;
 };
 
+// Element strides of the weight that multiplies source channel `from` into column `column` of a group.
+struct FilterStrides {
+  int64_t group, column, from;
+};
+
+FilterStrides filter_strides(const Plan& plan, const FilterView& filter);
+
 // [count][nr] of one tap, source channels begin .. begin + count - 1.
 template <class T>
 void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,

@@ -4,6 +4,7 @@
 
 #include "executor.h"
 #include "plan.h"
+#include "staging.h"
 #include "tensor_view.h"
 
 namespace segpose {
@@ -11,7 +12,7 @@ namespace segpose {
 // fprop or dgrad: destination = act(gather(source, filter) + bias).
 struct GatherPass {
   const Plan* plan;
-  TensorView source;
+  MaskedSource source;  // masked only for algorithms that pack their source (see packs_source)
   FilterView filter;
   const void* bias;  // [destination channels] of the filter's dtype, or null
   int64_t bias_stride;
@@ -25,8 +26,8 @@ void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& ex
 
 struct WgradPass {
   const Plan* plan;
-  TensorView grad;        // y-shaped
-  TensorView activation;  // x-shaped
+  MaskedSource grad;        // y-shaped
+  MaskedSource activation;  // x-shaped; one of the two may be masked, as in GatherPass
   FilterView destination;
 };
 
@@ -35,9 +36,7 @@ void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& exec
 
 // The backward prologue: masks dy by the sign of y and sums the bias gradient, in one pass over dy.
 struct GradientPass {
-  TensorView grad;
-  const TensorView* output;  // null without activation
-  Epilogue epilogue;
+  MaskedSource grad;
   Isa isa;
   TensorView masked;  // NHWC in the compute type, or data == null when dy is read in place
   void* bias_grad;    // [c] of dy's dtype, or null

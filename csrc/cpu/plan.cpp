@@ -30,11 +30,18 @@ constexpr int64_t kWgradPartialBytes = 32 << 20;
 // Winograd: outputs of a tile along an axis; fewer channels than this leave the GEMMs too small.
 constexpr int64_t kWinogradM = 4;
 constexpr int64_t kWinogradChannels = 16;
-// Its costs in multiply-adds of igemm: short GEMMs run slower, a transformed value and a transformed weight each cost
+// Its costs in multiply-adds: short GEMMs run slower, a transformed value and a transformed weight each cost
 // several operations.
 constexpr double kWinogradGemm = 1.15;
 constexpr double kWinogradTransform = 16;
 constexpr double kWinogradFilter = 24;
+// Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
+constexpr double kPixelCycles = 10;
+constexpr double kPointerCycles = 0.7;
+// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term.
+constexpr double kTileCycles = 18;
+constexpr double kStoreCycles = 4;
+constexpr double kSplitCycles = 4;
 // Transformed tiles of a block, input and product together, that stay in L2.
 constexpr int64_t kWinogradBytes = 768 << 10;
 constexpr int64_t kWinogradColumns = 128;
@@ -90,21 +97,10 @@ Widths wgrad_widths(Isa isa) {
 
 bool is_depthwise(const ConvProblem& problem) { return problem.c_per_group() == 1 && problem.k_per_group() == 1; }
 
-bool supports(Algorithm algorithm, const Plan& plan) {
-  switch (algorithm) {
-    case Algorithm::depthwise:
-      return is_depthwise(plan.problem) && plan.problem.groups > 1;
-    case Algorithm::winograd:
-      return plan.winograd_r != 0;
-    case Algorithm::gathered: {
-      // Only worth it where several taps share a row; wgrad gathers the activation, whatever the pass before it.
-      const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
-      return channels < kGatherChannels && plan.problem.taps() > 1;
-    }
-    case Algorithm::igemm:
-      return true;
-  }
-  return false;
+// Copying the taps of a pixel together is only worth it where several share a row; wgrad gathers the activation.
+bool gathers(const Plan& plan) {
+  const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
+  return channels < kGatherChannels && plan.problem.taps() > 1;
 }
 
 // Sorted so that the taps of a dense rectangle stand row by row.
@@ -126,15 +122,35 @@ int64_t dense_edge(const Phase& phase) {
   return edge;
 }
 
-// The r of F(4 x 4, r x r) where it saves time for every phase, else 0. Transforms cost about (n^2 + m^2) * 6
-// operations a tile and channel on either side, and the filters are transformed on every call.
-int64_t winograd_edge(Plan& plan) {
+// What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
+double multiply_add_cycles(Isa isa) {
+  const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
+  return 1.15 / (2 * lanes);
+}
+
+double direct_cycles(const Plan& plan, const Widths& widths) {
+  const auto panels = split_columns(plan.columns(), widths.count, [&](int i) { return widths.width[i]; });
+  double pixels = 0;
+  double terms = 0;
+  for (const Phase& phase : plan.phases) {
+    const double rows = static_cast<double>(plan.problem.n * phase.rows * phase.cols);
+    pixels += rows;
+    terms += rows * static_cast<double>(phase.taps.size());
+  }
+  const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
+  return terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
+         (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
+}
+
+// Cycles of F(4 x 4, r x r) and its r, which is 0 where a phase is no dense square. Transforms cost about
+// (n^2 + m^2) * 6 operations a tile and channel on either side, and the filters are transformed on every call.
+double winograd_cycles(Plan& plan) {
   const ConvProblem& problem = plan.problem;
+  plan.winograd_r = 0;
   if (plan.pass == Pass::wgrad || plan.dtype == DType::float64) return 0;
   if (problem.c_per_group() < kWinogradChannels || problem.k_per_group() < kWinogradChannels) return 0;
   int64_t edge = 0;
-  double direct = 0;
-  double winograd = 0;
+  double terms = 0;
   const double channels = static_cast<double>(problem.c_per_group() * problem.k_per_group());
   for (Phase& phase : plan.phases) {
     sort_taps(phase.taps);
@@ -145,13 +161,76 @@ int64_t winograd_edge(Plan& plan) {
     const double frequencies = static_cast<double>(n * n);
     const double tiles =
         static_cast<double>(problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
-    direct += static_cast<double>(problem.n * phase.rows * phase.cols * edge * edge) * channels;
-    winograd += tiles * frequencies * channels * kWinogradGemm;
-    winograd +=
+    terms += tiles * frequencies * channels * kWinogradGemm;
+    terms +=
         tiles * frequencies * kWinogradTransform * static_cast<double>(problem.c_per_group() + problem.k_per_group());
-    winograd += frequencies * kWinogradFilter * channels;
+    terms += frequencies * kWinogradFilter * channels;
   }
-  return winograd < direct ? edge : 0;
+  plan.winograd_r = edge;
+  return terms * static_cast<double>(problem.groups) * multiply_add_cycles(plan.isa);
+}
+
+// Cycles of the split GEMM, which is planned here: 0 where the machine has no tiles or the dtype no terms.
+double split_cycles(Plan& plan, bool exact) {
+  const int64_t terms = split_terms(plan.dtype);
+  plan.split = {};
+  if (split_ukernels(plan.isa) == nullptr || terms == 0 || (exact && terms > 1) || plan.pass == Pass::wgrad) return 0;
+  const ConvProblem& problem = plan.problem;
+  const bool forward = plan.pass == Pass::fprop;
+  const int64_t source_w = forward ? problem.w : problem.q;
+  plan.split = plan_split_gather(problem, plan.phases, plan.columns(), plan.depth(), source_w, terms);
+  double pixels = 0;
+  for (const Phase& phase : plan.phases) pixels += static_cast<double>(problem.n * phase.rows * phase.cols);
+  const double source = static_cast<double>(problem.n * (forward ? problem.h : problem.p) * source_w);
+  const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
+  return plan.split.steps_issued * kTileCycles +
+         static_cast<double>(problem.groups) *
+             (pixels * panels * kStoreCycles +
+              source * static_cast<double>(ceil_div(plan.depth(), 16) * terms) * kSplitCycles);
+}
+
+double split_wgrad_cycles(Plan& plan, bool exact) {
+  const int64_t terms = split_terms(plan.dtype);
+  if (split_ukernels(plan.isa) == nullptr || terms == 0 || (exact && terms > 1)) return 0;
+  const ConvProblem& problem = plan.problem;
+  plan.split_wgrad = plan_split_wgrad(problem, plan.phases.front(), terms);
+  const double grad = static_cast<double>(problem.n * problem.p * problem.q * ceil_div(problem.k, 16));
+  const double source = static_cast<double>(problem.n * problem.h * problem.w * ceil_div(problem.c, 16));
+  return plan.split_wgrad.steps_issued * kTileCycles +
+         (grad + source) * static_cast<double>(terms) * 2 * kSplitCycles;
+}
+
+// The supported algorithm with the fewest predicted cycles.
+void choose_algorithm(Plan& plan, const Widths& widths, bool exact) {
+  plan.algorithm = Algorithm::igemm;  // whose columns() and depth() the costs use
+  if (is_depthwise(plan.problem) && plan.problem.groups > 1) {
+    plan.algorithm = Algorithm::depthwise;
+    return;
+  }
+  if (plan.pass == Pass::wgrad) {
+    if (gathers(plan)) plan.algorithm = Algorithm::gathered;
+    plan.cycles = 0.5 * plan.problem.flops() * multiply_add_cycles(plan.isa);
+    const double split = split_wgrad_cycles(plan, exact);
+    if (plan.split_wgrad.terms != 0 && split < plan.cycles) {
+      plan.algorithm = Algorithm::split;
+      plan.cycles = split;
+    }
+    return;
+  }
+  Algorithm best = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
+  plan.cycles = direct_cycles(plan, widths);
+  const double winograd = exact ? 0 : winograd_cycles(plan);
+  if (plan.winograd_r != 0 && winograd < plan.cycles) {
+    best = Algorithm::winograd;
+    plan.cycles = winograd;
+  }
+  const double split = split_cycles(plan, exact);
+  if (plan.split.terms != 0 && split < plan.cycles) {
+    best = Algorithm::split;
+    plan.cycles = split;
+  }
+  if (best != Algorithm::winograd) plan.winograd_r = 0;
+  plan.algorithm = best;
 }
 
 double tensor_bytes(const ConvProblem& problem, DType dtype) {
@@ -244,6 +323,8 @@ const char* algorithm_name(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::depthwise:
       return "depthwise";
+    case Algorithm::split:
+      return "split";
     case Algorithm::winograd:
       return "winograd";
     case Algorithm::gathered:
@@ -279,22 +360,42 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool
   } else {
     plan.phases = {fprop_phase(problem)};
   }
-  plan.winograd_r = exact ? 0 : winograd_edge(plan);
-  for (const Algorithm candidate : {Algorithm::depthwise, Algorithm::winograd, Algorithm::gathered, Algorithm::igemm}) {
-    plan.algorithm = candidate;
-    if (supports(candidate, plan)) break;
-  }
   const bool wide = dtype == DType::float64;
   const int64_t element = wide ? 8 : 4;
-  if (pass == Pass::wgrad) {
+  const Widths widths = wide ? gemm_widths<double>(isa) : gemm_widths<float>(isa);
+  choose_algorithm(plan, widths, exact);
+  if (pass == Pass::wgrad && plan.algorithm == Algorithm::split) {
+    plan.block_m = plan.split_wgrad.images * plan.split_wgrad.rows * problem.q;
+    plan.k_chunk = plan.block_m;
+    plan.splits = 1;
+  } else if (pass == Pass::wgrad) {
     plan_wgrad(plan, wide ? wgrad_widths<double>(isa) : wgrad_widths<float>(isa), element);
   } else {
-    plan_gather_passes(plan, wide ? gemm_widths<double>(isa) : gemm_widths<float>(isa), element);
+    if (plan.algorithm == Algorithm::split) {
+      plan.block_m = plan.split.images * plan.split.rows * plan.split.planes.cols;
+      plan.k_chunk = plan.split.chunk_blocks * plan.split.unit;
+    } else {
+      plan_gather_passes(plan, widths, element);
+    }
     if (plan.algorithm == Algorithm::winograd) plan_winograd(plan, plan.winograd_r);
   }
   plan.flops = problem.flops();
   plan.bytes = tensor_bytes(problem, dtype);
   return plan;
+}
+
+int64_t split_terms(DType dtype) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return 1;
+    case DType::float16:
+      return 2;
+    case DType::float32:
+      return 3;
+    case DType::float64:
+      return 0;
+  }
+  return 0;
 }
 
 std::string Plan::str() const {
@@ -304,6 +405,14 @@ std::string Plan::str() const {
   if (!panels.empty()) out << 'x' << panels.front().nr;
   if (winograd_r != 0) {
     out << " F(" << winograd_m << 'x' << winograd_m << ',' << winograd_r << 'x' << winograd_r << ')';
+  }
+  if (algorithm == Algorithm::split && pass == Pass::wgrad) {
+    out << " terms=" << split_wgrad.terms << " inner=" << split_wgrad.inner << " images=" << split_wgrad.images
+        << " rows=" << split_wgrad.rows;
+  } else if (algorithm == Algorithm::split) {
+    const char* const names[] = {"columns", "line", "images"};
+    out << " terms=" << split.terms << " tiles=" << names[static_cast<int>(split.row_tiles)]
+        << " images=" << split.images << " rows=" << split.rows << " columns/" << split.column_splits;
   }
   out << " block_m=" << block_m << " k_chunk=" << k_chunk;
   if (pass == Pass::wgrad) {

@@ -10,12 +10,14 @@
 #include "../common/phases.h"
 #include "cpu_features.h"
 #include "dtype.h"
+#include "split_plan.h"
 
 namespace segpose {
 
-// In order of preference; plan_conv takes the first that supports the problem.
+// Those that support a problem compete by their predicted cycles.
 enum class Algorithm {
   depthwise,  // one channel per group on both sides: vectors over channels, no GEMM
+  split,      // GEMM on AMX tiles of bfloat16, of one to three terms a value
   winograd,   // dense 3 x 3 or 2 x 2 taps at unit stride: F(4 x 4, r x r) tiles, 4 or 2.56 times fewer multiplications
   gathered,   // few channels: copy each pixel's taps into one row, then GEMM over taps * channels
   igemm,      // implicit GEMM through row pointers; supports everything
@@ -48,6 +50,9 @@ struct Plan {
   int64_t splits;             // wgrad: pieces of the pixel reduction, added in order; winograd: pieces of the columns
   int64_t winograd_m;         // outputs and taps of a tile along one axis; block_m counts tiles then
   int64_t winograd_r;
+  SplitPlan split;
+  SplitWgradPlan split_wgrad;
+  double cycles;  // predicted, of one core
   double flops;
   double bytes;  // each operand and result once
 
@@ -58,10 +63,16 @@ struct Plan {
   int64_t depth() const;
   int64_t padded_columns() const;  // whole panels
 
+  // Reads its source through packing, which converts and masks on the way.
+  bool packs_source() const { return algorithm == Algorithm::split; }
+
   std::string str() const;
 };
 
-// `exact` leaves out algorithms whose rounding differs from a direct sum's (Winograd).
+// Terms of a bfloat16 split that hold a dtype: 0 where no split does.
+int64_t split_terms(DType dtype);
+
+// `exact` leaves only direct sums in float32 or wider (bfloat16 products are exact).
 Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool exact = false);
 
 }  // namespace segpose

@@ -50,12 +50,36 @@ void load_image_row(const Ukernels<T>& kernels, const TensorView& view, int64_t 
   }
 }
 
+// Masks one row by the output's, read in place or through `temporary`.
+template <class T>
+void mask_by(const Ukernels<T>& kernels, const SourceMask& mask, int64_t n, int64_t h, T* row, T* temporary) {
+  const TensorView& output = mask.output;
+  const T* y = temporary;
+  if (output.has_channel_rows(compute_dtype<T>()) && output.stride_w == output.c) {
+    y = output.as<T>() + output.offset(n, h, 0);
+  } else {
+    load_image_row(kernels, output, n, h, temporary);
+  }
+  kernels.mask_row(mask.activation, static_cast<T>(mask.negative_slope), y, output.w * output.c, row);
+}
+
 }  // namespace
 
 template <class T>
-void stage(const Ukernels<T>& kernels, const TensorView& source, T* destination, const Executor& executor) {
-  for_each_task(executor, source.n * source.h, [&](int64_t task, int64_t) {
-    load_image_row(kernels, source, task / source.h, task % source.h, destination + task * source.w * source.c);
+void load_source_row(const Ukernels<T>& kernels, const MaskedSource& source, int64_t n, int64_t h, T* row) {
+  load_image_row(kernels, source.view, n, h, row);
+  if (source.mask != nullptr) mask_by(kernels, *source.mask, n, h, row, row + source.view.w * source.view.c);
+}
+
+int64_t source_row_scratch(const MaskedSource& source) {
+  return source.view.w * source.view.c * (source.mask == nullptr ? 1 : 2);
+}
+
+template <class T>
+void stage(const Ukernels<T>& kernels, const MaskedSource& source, T* destination, const Executor& executor) {
+  const TensorView& view = source.view;
+  for_each_task(executor, view.n * view.h, [&](int64_t task, int64_t) {
+    load_image_row(kernels, view, task / view.h, task % view.h, destination + task * view.w * view.c);
   });
 }
 
@@ -66,12 +90,11 @@ int64_t gradient_scratch(const TensorView& grad, int64_t workers) {
 
 template <class T>
 void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor) {
-  const TensorView& grad = stage.grad;
+  const TensorView& grad = stage.source.view;
   const int64_t row_size = grad.w * grad.c;
   T* partials = scratch + 2 * executor.workers * row_size;
   const int64_t rows = grad.n * grad.h;
   const int64_t chunks = std::min(kBiasChunks, rows);
-  const T slope = static_cast<T>(stage.epilogue.negative_slope);
   for_each_task(executor, chunks, [&](int64_t chunk, int64_t worker) {
     T* sums = partials + chunk * grad.c;
     std::fill_n(sums, grad.c, T{0});
@@ -81,16 +104,7 @@ void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T
       const int64_t h = row % grad.h;
       T* g = stage.destination != nullptr ? stage.destination + row * row_size : temporary;
       load_image_row(kernels, grad, n, h, g);
-      if (stage.output != nullptr) {
-        const TensorView& output = *stage.output;
-        const T* y = temporary + row_size;
-        if (output.has_channel_rows(compute_dtype<T>()) && output.stride_w == output.c) {
-          y = output.as<T>() + output.offset(n, h, 0);
-        } else {
-          load_image_row(kernels, output, n, h, temporary + row_size);
-        }
-        kernels.mask_row(stage.epilogue.activation, slope, y, row_size, g);
-      }
+      if (stage.source.mask != nullptr) mask_by(kernels, *stage.source.mask, n, h, g, temporary + row_size);
       if (stage.bias_grad != nullptr) {
         for (int64_t w = 0; w < grad.w; ++w) kernels.add_row(g + w * grad.c, grad.c, sums);
       }
@@ -135,7 +149,8 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
 }
 
 #define SEGPOSE_INSTANTIATE(T)                                                                               \
-  template void stage<T>(const Ukernels<T>&, const TensorView&, T*, const Executor&);                        \
+  template void load_source_row<T>(const Ukernels<T>&, const MaskedSource&, int64_t, int64_t, T*);           \
+  template void stage<T>(const Ukernels<T>&, const MaskedSource&, T*, const Executor&);                      \
   template int64_t gradient_scratch<T>(const TensorView&, int64_t);                                          \
   template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);         \
   template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&, \

@@ -9,17 +9,36 @@
 
 namespace segpose {
 
+// The gradient through an activation: multiplied by its derivative, which the sign of its output tells.
+struct SourceMask {
+  TensorView output;
+  Activation activation;
+  double negative_slope;
+};
+
+// What a pass reads: a tensor of any layout and dtype, masked on the way when it is a gradient.
+struct MaskedSource {
+  TensorView view;
+  const SourceMask* mask;  // or null
+
+  // Its channel rows can be read where they are.
+  bool in_place(DType compute) const { return mask == nullptr && view.has_channel_rows(compute); }
+};
+
+// One image row [w][c] in the compute type; `row` has room for source_row_scratch elements.
+template <class T>
+void load_source_row(const Ukernels<T>& kernels, const MaskedSource& source, int64_t n, int64_t h, T* row);
+int64_t source_row_scratch(const MaskedSource& source);
+
 // Copies `source` into `destination`, an NHWC buffer of the compute type.
 template <class T>
-void stage(const Ukernels<T>& kernels, const TensorView& source, T* destination, const Executor& executor);
+void stage(const Ukernels<T>& kernels, const MaskedSource& source, T* destination, const Executor& executor);
 
 // The gradient through the activation and the bias gradient, in one pass over dy.
 template <class T>
 struct GradientStage {
-  TensorView grad;           // dy
-  const TensorView* output;  // y, whose sign is the mask; null without activation
-  Epilogue epilogue;
-  T* destination;     // masked dy as NHWC, or null when dy can be read in place
+  MaskedSource source;
+  T* destination;     // masked dy as NHWC, or null when only the sums are wanted
   double* bias_grad;  // [c] sums, or null
 };
 

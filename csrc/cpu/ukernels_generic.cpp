@@ -38,7 +38,7 @@ const Ukernels<double> kDouble = table<double>();
 template <>
 const Ukernels<float>& ukernels<float>(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::kFloat;
+  if (isa >= Isa::avx512) return avx512::kFloat;
   if (isa == Isa::avx2) return avx2::kFloat;
 #endif
   (void)isa;
@@ -48,7 +48,7 @@ const Ukernels<float>& ukernels<float>(Isa isa) {
 template <>
 const Ukernels<double>& ukernels<double>(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::kDouble;
+  if (isa >= Isa::avx512) return avx512::kDouble;
   if (isa == Isa::avx2) return avx2::kDouble;
 #endif
   (void)isa;

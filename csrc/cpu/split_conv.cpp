@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "split_conv.h"
+
+#include <algorithm>
+
+namespace segpose {
+namespace {
+
+constexpr int64_t kPanelColumns = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kAnyRow = -1;
+
+// 16 destination pixels: where the first one reads, and where each is written.
+struct RowTile {
+  int64_t a;
+  int64_t row, last_row;  // of the phase, or kAnyRow for both ends of an image
+  int64_t col;            // -1 for several columns
+  int64_t offsets[kTileRows];
+};
+
+// Consecutive tiles of one microkernel call with the steps that read at least one pixel of the source.
+struct TileGroup {
+  int64_t first, count;
+  int64_t steps_begin, steps;
+};
+
+int64_t most_tiles(const Plan& plan) {
+  const SplitPlan& split = plan.split;
+  const int64_t cols = split.planes.cols;
+  switch (split.row_tiles) {
+    case RowTiles::columns:
+      return split.images * split.rows * ceil_div(cols, kTileRows);
+    case RowTiles::images:
+      return ceil_div(split.images, kTileRows) * split.rows * cols;
+    case RowTiles::line:
+      return ceil_div(split.images * (split.rows + split.planes.span_h) * split.planes.pitch, kTileRows);
+  }
+  return 0;
+}
+
+int64_t most_steps(const Plan& plan) {
+  size_t most = 1;
+  for (const auto& steps : plan.split.steps) most = std::max(most, steps.size());
+  return static_cast<int64_t>(most);
+}
+
+struct Scratch {
+  char* planes;
+  float* row;
+  RowTile* tiles;
+  TileGroup* groups;
+  SplitStep* steps;  // lists of the groups
+  float* sums;       // [tile][column tile] accumulators between chunks
+  float* result;     // of one call
+  float* rows;       // finished rows on their way to another layout
+
+  Scratch(const Plan& plan, const MaskedSource& source, Arena& arena) {
+    const SplitPlan& split = plan.split;
+    const int64_t count = most_tiles(plan) + kMaxRowTiles;
+    planes = arena.take<char>(PlaneLayout(split).size(split.terms));
+    row = arena.take<float>(source_row_scratch(source));
+    tiles = arena.take<RowTile>(count);
+    groups = arena.take<TileGroup>(count);
+    steps = arena.take<SplitStep>(count * most_steps(plan));
+    sums = split.chunk_blocks < split.channel_blocks ? arena.take<float>(count * 2 * kTileFloats) : nullptr;
+    result = arena.take<float>(kMaxRowTiles * kTileFloats);
+    rows = arena.take<float>(kTileRows * kPanelColumns);
+  }
+};
+
+struct Block : PlaneBlock {
+  int64_t panel_begin, panel_end;
+};
+
+// The tiles of one phase in a block.
+int64_t list_tiles(const SplitLaunch& launch, const Block& block, const Phase& phase, const PlaneLayout& layout,
+                   RowTile* tiles) {
+  const SplitPlan& split = launch.plan->split;
+  const TensorView& out = launch.destination;
+  const int64_t rows = std::min(block.rows, phase.rows - block.first_row);
+  const int64_t pitch = split.planes.pitch;
+  const int64_t step_w = phase.ostep_w * out.stride_w;
+  const auto start = [&](int64_t image, int64_t row) {
+    return out.offset(block.first_image + image, phase.oh + (block.first_row + row) * phase.ostep_h, phase.ow);
+  };
+  int64_t count = 0;
+  if (rows <= 0) return 0;
+  switch (split.row_tiles) {
+    case RowTiles::columns:
+      for (int64_t image = 0; image < block.images; ++image) {
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t line = start(image, row);
+          for (int64_t col = 0; col < phase.cols; col += kTileRows) {
+            const int64_t from = std::max<int64_t>(std::min(col, phase.cols - kTileRows), 0);
+            RowTile& tile = tiles[count++];
+            tile.a = image * layout.image + row * layout.row + from * layout.pixel;
+            tile.row = tile.last_row = block.first_row + row;
+            tile.col = -1;
+            const int64_t valid = std::min<int64_t>(kTileRows, phase.cols - from);
+            for (int64_t i = 0; i < kTileRows; ++i) tile.offsets[i] = i < valid ? line + (from + i) * step_w : -1;
+          }
+        }
+      }
+      return count;
+    case RowTiles::images:
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t col = 0; col < phase.cols; ++col) {
+          for (int64_t image = 0; image < block.images; image += kTileRows) {
+            RowTile& tile = tiles[count++];
+            tile.a = image * layout.image + row * layout.row + col * layout.pixel;
+            tile.row = tile.last_row = block.first_row + row;
+            tile.col = col;
+            for (int64_t i = 0; i < kTileRows; ++i) {
+              tile.offsets[i] = image + i < block.images ? start(image + i, row) + col * step_w : -1;
+            }
+          }
+        }
+      }
+      return count;
+    case RowTiles::line: {
+      const int64_t end = ((block.images - 1) * layout.height + rows - 1) * pitch + phase.cols;
+      for (int64_t m = 0; m < end; m += kTileRows) {
+        RowTile& tile = tiles[count++];
+        const int64_t last = m + kTileRows - 1;
+        const bool one_image = m / (pitch * layout.height) == last / (pitch * layout.height);
+        tile.a = m * layout.pixel;
+        tile.row = one_image ? block.first_row + m / pitch % layout.height : kAnyRow;
+        tile.last_row = block.first_row + last / pitch % layout.height;
+        tile.col = -1;
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          const int64_t image = (m + i) / (pitch * layout.height);
+          const int64_t row = (m + i) / pitch % layout.height;
+          const int64_t col = (m + i) % pitch;
+          const bool valid = image < block.images && row < rows && col < phase.cols;
+          tile.offsets[i] = valid ? start(image, row) + col * step_w : -1;
+        }
+      }
+      return count;
+    }
+  }
+  return count;
+}
+
+// Whether a tile reads the source anywhere in this step: if not, it reads zeros only.
+bool reads_source(const SplitLaunch& launch, const PlaneStep& step, const RowTile& tile) {
+  const Planes& planes = launch.plan->split.planes;
+  const TensorView& source = launch.source.view;
+  const Planes::Residue& residue = planes.residues[static_cast<size_t>(step.at.plane)];
+  if (tile.row == kAnyRow) return true;
+  const int64_t last = planes.source_h(residue, tile.last_row + step.at.dh);
+  const int64_t first = planes.source_h(residue, tile.row + step.at.dh);
+  if (last < 0 || first >= source.h) return false;
+  if (tile.col < 0) return true;
+  for (const auto& [pixel, tap] : step.taps) {
+    const int64_t w = planes.source_w(residue, tile.col + step.at.dw + pixel);
+    if (w >= 0 && w < source.w) return true;
+  }
+  return false;
+}
+
+int64_t group_tiles(const SplitLaunch& launch, const std::vector<PlaneStep>& steps, const PlaneLayout& layout,
+                    int64_t step_bytes, int64_t tiles, int64_t group_size, const Scratch& scratch) {
+  int64_t groups = 0;
+  int64_t used = 0;
+  for (int64_t first = 0; first < tiles; first += group_size) {
+    TileGroup& group = scratch.groups[groups++];
+    group = {first, std::min(group_size, tiles - first), used, 0};
+    for (size_t s = 0; s < steps.size(); ++s) {
+      bool reads = false;
+      for (int64_t t = 0; t < group.count; ++t) {
+        reads = reads || reads_source(launch, steps[s], scratch.tiles[first + t]);
+      }
+      if (!reads) continue;
+      scratch.steps[used++] = {static_cast<int32_t>(layout.offset(steps[s].at)),
+                               static_cast<int32_t>(static_cast<int64_t>(s) * step_bytes)};
+    }
+    group.steps = used - group.steps_begin;
+  }
+  return groups;
+}
+
+void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sums, int64_t channel, int64_t columns,
+                const float* bias, const Scratch& scratch) {
+  const SplitUkernels& kernels = *split_ukernels(launch.plan->isa);
+  const TensorView& out = launch.destination;
+  SplitStoreArgs args{sums,
+                      columns,
+                      bias,
+                      launch.epilogue.activation,
+                      static_cast<float>(launch.epilogue.negative_slope),
+                      out.dtype,
+                      static_cast<char*>(out.data) + channel * dtype_size(out.dtype),
+                      tile.offsets,
+                      false};
+  if (out.stride_c == 1 || out.c == 1) {
+    kernels.store(args);
+    return;
+  }
+  int64_t rows[kTileRows];
+  int64_t offsets[kTileRows];
+  int64_t count = 0;
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    rows[i] = tile.offsets[i] < 0 ? -1 : count * kPanelColumns;
+    if (tile.offsets[i] >= 0) offsets[count++] = tile.offsets[i];
+  }
+  args.dtype = DType::float32;
+  args.data = scratch.rows;
+  args.offsets = rows;
+  kernels.store(args);
+  unstage_block(ukernels<float>(launch.plan->isa), scratch.rows, kPanelColumns, count, columns, out, offsets, channel);
+}
+
+// All channel blocks of one panel for the listed tiles.
+void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout& layout, int64_t phase, int64_t panel,
+               int64_t groups, const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const SplitPlan& split = plan.split;
+  const SplitUkernels& kernels = *split_ukernels(plan.isa);
+  const int64_t tiles = split.panel_tiles(plan.columns(), panel);
+  const int64_t steps = static_cast<int64_t>(split.steps[static_cast<size_t>(phase)].size());
+  const int64_t first_column = panel * kPanelColumns;
+  const int64_t columns = std::min(kPanelColumns, plan.columns() - first_column);
+  const int64_t channel = block.group * plan.columns() + first_column;
+  const float* bias =
+      launch.bias == nullptr ? nullptr : launch.bias + block.group * split.panels * kPanelColumns + first_column;
+  SplitGemmArgs args{};
+  args.a_row = split.row_tiles == RowTiles::images ? layout.image : layout.pixel;
+  args.a_term = layout.term;
+  args.a_block = layout.block;
+  args.b_block = steps * launch.layout->step_bytes(plan, panel);
+  const char* filter = launch.packed + launch.layout->panel_offset(plan, phase, block.group, panel);
+  for (int64_t chunk = 0; chunk < split.channel_blocks; chunk += split.chunk_blocks) {
+    const bool last = chunk + split.chunk_blocks >= split.channel_blocks;
+    args.blocks = std::min(split.chunk_blocks, split.channel_blocks - chunk);
+    args.b = filter + chunk * args.b_block;
+    for (int64_t g = 0; g < groups; ++g) {
+      const TileGroup& group = scratch.groups[g];
+      const SplitShape& shape = tiles == 1 ? kernels.narrow : group.count == 1 ? kernels.flat : kernels.wide;
+      for (int t = 0; t < shape.row_tiles; ++t) {
+        const int64_t tile = group.first + std::min<int64_t>(t, group.count - 1);
+        args.a[t] = scratch.planes + scratch.tiles[tile].a + chunk * layout.block;
+      }
+      args.steps = scratch.steps + group.steps_begin;
+      args.count = group.steps;
+      float* sums = scratch.sums == nullptr ? nullptr : scratch.sums + group.first * tiles * kTileFloats;
+      args.in = chunk > 0 ? sums : nullptr;
+      args.out = last ? scratch.result : sums;
+      shape.run[split.terms - 1](args);
+      for (int64_t t = 0; last && t < group.count; ++t) {
+        store_tile(launch, scratch.tiles[group.first + t], args.out + t * tiles * kTileFloats, channel, columns, bias,
+                   scratch);
+      }
+    }
+  }
+}
+
+void run_block(const SplitLaunch& launch, const Block& block, const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const SplitPlan& split = plan.split;
+  const PlaneLayout layout(split);
+  pack_planes(plan, launch.source, block, scratch.row, scratch.planes);
+  for (size_t p = 0; p < plan.phases.size(); ++p) {
+    const int64_t tiles = list_tiles(launch, block, plan.phases[p], layout, scratch.tiles);
+    int64_t listed = 0;
+    int64_t groups = 0;
+    for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
+      const int64_t width = split.panel_tiles(plan.columns(), panel);
+      if (width != listed) {
+        groups = group_tiles(launch, split.steps[p], layout, launch.layout->step_bytes(plan, panel), tiles,
+                             width == 2 ? 2 : kMaxRowTiles, scratch);
+      }
+      listed = width;
+      run_panel(launch, block, layout, static_cast<int64_t>(p), panel, groups, scratch);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t split_scratch(const Plan& plan, const MaskedSource& source) {
+  Arena arena(nullptr);
+  const Scratch scratch(plan, source, arena);
+  return arena.used();
+}
+
+void launch_split(const SplitLaunch& launch, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  const SplitPlan& split = plan.split;
+  int64_t rows = 0;
+  for (const Phase& phase : plan.phases) rows = std::max(rows, phase.rows);
+  const int64_t row_blocks = ceil_div(rows, split.rows);
+  const int64_t image_blocks = ceil_div(plan.problem.n, split.images);
+  const int64_t scratch_bytes = split_scratch(plan, launch.source);
+  const int64_t tasks = plan.problem.groups * split.column_splits * image_blocks * row_blocks;
+  for_each_task(executor, tasks, [&](int64_t task, int64_t worker) {
+    Arena arena(launch.scratch + worker * scratch_bytes);
+    const Scratch scratch(plan, launch.source, arena);
+    Block block{};
+    block.first_row = task % row_blocks * split.rows;
+    block.rows = std::min(split.rows, rows - block.first_row);
+    block.first_image = task / row_blocks % image_blocks * split.images;
+    block.images = std::min(split.images, plan.problem.n - block.first_image);
+    const int64_t part = task / (row_blocks * image_blocks) % split.column_splits;
+    block.panel_begin = split.panels * part / split.column_splits;
+    block.panel_end = split.panels * (part + 1) / split.column_splits;
+    block.group = task / (row_blocks * image_blocks * split.column_splits);
+    split_ukernels(plan.isa)->begin();
+    run_block(launch, block, scratch);
+    split_ukernels(plan.isa)->end();
+  });
+}
+
+}  // namespace segpose

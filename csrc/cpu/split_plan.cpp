@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "split_plan.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace segpose {
+namespace {
+
+// Packed source of a block; with the chunk of the filter below it stays in the 2 MB L2.
+constexpr int64_t kSourceBytes = 640 << 10;
+// A block across images keeps all taps of 16 images.
+constexpr int64_t kImagesSourceBytes = 1536 << 10;
+constexpr int64_t kFilterChunkBytes = 512 << 10;
+// Positions of a wgrad block: 32 filters and 32 channels of it, in three terms, take 1.5 MB of L2.
+constexpr int64_t kWgradPositions = 4096;
+// Fewer tasks leave threads idle; fewer pixels to a block read the filter too often.
+constexpr int64_t kMinTasks = 8;
+constexpr int64_t kMinPixels = 128;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::vector<PlaneStep> make_steps(const std::vector<PlaneTap>& taps, int64_t unit) {
+  const int64_t window = kTileDepth / unit;
+  std::vector<int64_t> order(taps.size());
+  for (size_t t = 0; t < taps.size(); ++t) order[t] = static_cast<int64_t>(t);
+  const auto key = [&](int64_t t) {
+    const PlaneTap& tap = taps[static_cast<size_t>(t)];
+    return std::tuple(tap.plane, tap.dh, tap.dw);
+  };
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
+  std::vector<PlaneStep> steps;
+  for (const int64_t t : order) {
+    const PlaneTap& tap = taps[static_cast<size_t>(t)];
+    const bool joins = !steps.empty() && steps.back().at.plane == tap.plane && steps.back().at.dh == tap.dh &&
+                       tap.dw - steps.back().at.dw < window;
+    if (!joins) steps.push_back({tap, {}});
+    steps.back().taps.emplace_back(tap.dw - steps.back().at.dw, t);
+  }
+  return steps;
+}
+
+// Row tiles of a whole pass.
+double count_tiles(const ConvProblem& problem, const std::vector<Phase>& phases, const SplitPlan& plan,
+                   RowTiles row_tiles) {
+  double tiles = 0;
+  for (const Phase& phase : phases) {
+    int64_t count = 0;
+    if (row_tiles == RowTiles::columns) {
+      count = problem.n * phase.rows * ceil_div(phase.cols, kTileRows);
+    } else if (row_tiles == RowTiles::images) {
+      count = ceil_div(problem.n, kTileRows) * phase.rows * phase.cols;
+    } else {
+      const int64_t rows = (plan.images - 1) * (plan.rows + plan.planes.span_h) + std::min(plan.rows, phase.rows);
+      count = ceil_div(problem.n, plan.images) * ceil_div(phase.rows, plan.rows) *
+              ceil_div((rows - 1) * plan.planes.pitch + phase.cols, kTileRows);
+    }
+    tiles += static_cast<double>(count);
+  }
+  return tiles;
+}
+
+}  // namespace
+
+SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>& phases, int64_t columns,
+                            int64_t depth, int64_t source_w, int64_t terms) {
+  SplitPlan plan;
+  plan.terms = terms;
+  plan.planes = plan_planes(phases, source_w);
+  while (plan.unit > 1 && plan.unit / 2 >= depth) plan.unit /= 2;
+  plan.channel_blocks = ceil_div(depth, plan.unit);
+  plan.panels = ceil_div(columns, 32);
+  int64_t rows = 1;
+  int64_t most_steps = 1;
+  for (size_t p = 0; p < phases.size(); ++p) {
+    plan.steps.push_back(make_steps(plan.planes.taps[p], plan.unit));
+    rows = std::max(rows, phases[p].rows);
+    most_steps = std::max(most_steps, static_cast<int64_t>(plan.steps.back().size()));
+  }
+  const int64_t row_bytes = terms * plan.channel_blocks * static_cast<int64_t>(plan.planes.residues.size()) *
+                            plan.planes.pitch * plan.unit * 2;
+  const int64_t image_bytes = std::max<int64_t>(row_bytes * (rows + plan.planes.span_h), 1);
+  const auto cut_rows = [&](int64_t most) { plan.rows = ceil_div(rows, ceil_div(rows, std::max<int64_t>(most, 1))); };
+  if (image_bytes <= kSourceBytes) {
+    plan.rows = rows;
+    plan.images = std::clamp(kSourceBytes / image_bytes, int64_t{1}, std::max<int64_t>(problem.n, 1));
+  } else {
+    cut_rows(kSourceBytes / std::max<int64_t>(row_bytes, 1) - plan.planes.span_h);
+  }
+  const auto blocks = [&] { return ceil_div(problem.n, plan.images) * ceil_div(rows, plan.rows) * problem.groups; };
+  const auto pixels = [&] { return plan.images * plan.rows * plan.planes.cols; };
+  while (blocks() < kMinTasks && plan.images > 1 && pixels() >= 2 * kMinPixels) plan.images = ceil_div(plan.images, 2);
+  while (blocks() < kMinTasks && plan.rows > 1 && pixels() >= 2 * kMinPixels) cut_rows(ceil_div(plan.rows, 2));
+  plan.row_tiles = RowTiles::columns;
+  double tiles = count_tiles(problem, phases, plan, RowTiles::columns);
+  const double line = count_tiles(problem, phases, plan, RowTiles::line);
+  if (line < tiles) {
+    plan.row_tiles = RowTiles::line;
+    tiles = line;
+  }
+  const double images = count_tiles(problem, phases, plan, RowTiles::images);
+  if (images < tiles && kTileRows * image_bytes <= kImagesSourceBytes) {
+    plan.row_tiles = RowTiles::images;
+    plan.rows = rows;
+    plan.images = kTileRows;
+    while (blocks() > 2 * kMinTasks && 2 * plan.images * image_bytes <= kImagesSourceBytes) plan.images *= 2;
+  }
+  plan.column_splits = std::clamp(kMinTasks / std::max<int64_t>(blocks(), 1), int64_t{1}, plan.panels);
+  const int64_t block_bytes = most_steps * terms * 2 * kTileBytes;
+  plan.chunk_blocks = std::clamp(kFilterChunkBytes / block_bytes, int64_t{1}, plan.channel_blocks);
+  plan.chunk_blocks = ceil_div(plan.channel_blocks, ceil_div(plan.channel_blocks, plan.chunk_blocks));
+  for (size_t p = 0; p < phases.size(); ++p) {
+    const double share = count_tiles(problem, {phases[p]}, plan, plan.row_tiles);
+    plan.steps_issued += share * static_cast<double>(plan.steps[p].size() * static_cast<size_t>(plan.channel_blocks));
+  }
+  plan.steps_issued *=
+      static_cast<double>(ceil_div(columns, kTileColumns) * problem.groups * split_products(terms));
+  return plan;
+}
+
+SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, int64_t terms) {
+  SplitWgradPlan plan;
+  plan.terms = terms;
+  plan.planes = plan_planes({phase}, problem.w);
+  plan.grad_tiles = ceil_div(problem.k_per_group(), kTileRows);
+  plan.panels = ceil_div(problem.c_per_group(), 2 * kTileColumns);
+  const int64_t image = (problem.p + plan.planes.span_h) * plan.planes.pitch;
+  if (problem.n >= kTileDepth / 2 && image * kTileDepth / 2 <= kWgradPositions) {
+    plan.inner = std::min<int64_t>(problem.n / (kTileDepth / 2) * (kTileDepth / 2), 2 * kTileDepth);
+    while (plan.inner * image > kWgradPositions) plan.inner -= kTileDepth / 2;
+  }
+  plan.images = plan.inner;
+  plan.rows = problem.p;
+  if (image * plan.images <= kWgradPositions) {
+    const int64_t most = std::max<int64_t>(ceil_div(problem.n, plan.inner), 1);
+    plan.images = plan.inner * std::clamp(kWgradPositions / (image * plan.inner), int64_t{1}, most);
+  } else {
+    const int64_t most = std::max<int64_t>(kWgradPositions / plan.planes.pitch - plan.planes.span_h, 1);
+    plan.rows = ceil_div(problem.p, ceil_div(problem.p, most));
+  }
+  const double blocks = static_cast<double>(ceil_div(problem.n, plan.images) * ceil_div(problem.p, plan.rows));
+  const double steps = static_cast<double>(ceil_div(
+      ((plan.images / plan.inner - 1) * plan.height() + plan.rows) * plan.planes.pitch * plan.inner, kTileDepth));
+  const double tiles = static_cast<double>(
+      ceil_div(plan.grad_tiles * problem.taps(), 2) * 2 * ceil_div(problem.c_per_group(), kTileColumns));
+  plan.steps_issued = blocks * steps * tiles * static_cast<double>(problem.groups * split_products(terms));
+  return plan;
+}
+
+}  // namespace segpose

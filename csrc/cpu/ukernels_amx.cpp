@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// AMX-BF16 tiles with AVX-512 around them. Source of the split: G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the
+// bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019 (arXiv 1904.06376).
+#include "split_ukernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace segpose::amx {
+
+#define SEGPOSE_INLINE __attribute__((always_inline)) inline
+
+struct alignas(64) TileConfig {
+  uint8_t palette;
+  uint8_t start_row;
+  uint8_t reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// Every tile is 16 rows of 64 bytes. Assembly with a memory operand: GCC 12's _tile_loadconfig lets the stores to the
+// configuration be dropped.
+void begin() {
+  TileConfig config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = kTileRows;
+  }
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));
+}
+
+void end() { _tile_release(); }
+
+// Accumulators are tiles 0 to 3, A tiles 4 and 5, B tiles 6 and 7. Terms are taken in an order in which each pair of
+// operand tiles is loaded once or twice: with six products 14 loads for 24 products.
+#define SEGPOSE_LOAD_A(term)                              \
+  _tile_loadd(4, a0 + (term) * args.a_term, args.a_row);  \
+  _tile_loadd(5, a1 + (term) * args.a_term, args.a_row)
+#define SEGPOSE_LOAD_B(term)                            \
+  _tile_loadd(6, b + (2 * (term)) * kTileBytes, 64);    \
+  _tile_loadd(7, b + (2 * (term) + 1) * kTileBytes, 64)
+#define SEGPOSE_MULTIPLY     \
+  _tile_dpbf16ps(0, 4, 6);   \
+  _tile_dpbf16ps(1, 4, 7);   \
+  _tile_dpbf16ps(2, 5, 6);   \
+  _tile_dpbf16ps(3, 5, 7)
+
+template <int Terms>
+void gemm_2x2(const SplitGemmArgs& args) {
+  if (args.in != nullptr) {
+    _tile_loadd(0, args.in, 64);
+    _tile_loadd(1, args.in + kTileFloats, 64);
+    _tile_loadd(2, args.in + 2 * kTileFloats, 64);
+    _tile_loadd(3, args.in + 3 * kTileFloats, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t block = 0; block < args.blocks; ++block) {
+    for (int64_t i = 0; i < args.count; ++i) {
+      const char* a0 = args.a[0] + block * args.a_block + args.steps[i].a;
+      const char* a1 = args.a[1] + block * args.a_block + args.steps[i].a;
+      const char* b = args.b + block * args.b_block + args.steps[i].b;
+      if constexpr (Terms == 1) {
+        SEGPOSE_LOAD_A(0);
+        SEGPOSE_LOAD_B(0);
+        SEGPOSE_MULTIPLY;
+      } else if constexpr (Terms == 2) {
+        SEGPOSE_LOAD_A(0);
+        SEGPOSE_LOAD_B(1);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_B(0);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_A(1);
+        SEGPOSE_MULTIPLY;
+      } else {
+        SEGPOSE_LOAD_A(0);
+        SEGPOSE_LOAD_B(2);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_B(1);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_B(0);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_A(2);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_A(1);
+        SEGPOSE_MULTIPLY;
+        SEGPOSE_LOAD_B(1);
+        SEGPOSE_MULTIPLY;
+      }
+    }
+  }
+  _tile_stored(0, args.out, 64);
+  _tile_stored(1, args.out + kTileFloats, 64);
+  _tile_stored(2, args.out + 2 * kTileFloats, 64);
+  _tile_stored(3, args.out + 3 * kTileFloats, 64);
+}
+
+template <int Terms>
+void gemm_1x2(const SplitGemmArgs& args) {
+  if (args.in != nullptr) {
+    _tile_loadd(0, args.in, 64);
+    _tile_loadd(1, args.in + kTileFloats, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  for (int64_t block = 0; block < args.blocks; ++block) {
+    for (int64_t i = 0; i < args.count; ++i) {
+      const char* a = args.a[0] + block * args.a_block + args.steps[i].a;
+      const char* b = args.b + block * args.b_block + args.steps[i].b;
+      for (int from = Terms - 1; from >= 0; --from) {
+        SEGPOSE_LOAD_B(from);
+        for (int term = 0; term + from < Terms; ++term) {
+          _tile_loadd(4, a + term * args.a_term, args.a_row);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+      }
+    }
+  }
+  _tile_stored(0, args.out, 64);
+  _tile_stored(1, args.out + kTileFloats, 64);
+}
+
+template <int Terms>
+void gemm_4x1(const SplitGemmArgs& args) {
+  if (args.in != nullptr) {
+    _tile_loadd(0, args.in, 64);
+    _tile_loadd(1, args.in + kTileFloats, 64);
+    _tile_loadd(2, args.in + 2 * kTileFloats, 64);
+    _tile_loadd(3, args.in + 3 * kTileFloats, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t block = 0; block < args.blocks; ++block) {
+    for (int64_t i = 0; i < args.count; ++i) {
+      const int64_t step = block * args.a_block + args.steps[i].a;
+      const char* b = args.b + block * args.b_block + args.steps[i].b;
+      for (int from = Terms - 1; from >= 0; --from) {
+        _tile_loadd(6, b + from * kTileBytes, 64);
+        for (int term = 0; term + from < Terms; ++term) {
+          const int64_t offset = step + term * args.a_term;
+          _tile_loadd(4, args.a[0] + offset, args.a_row);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(5, args.a[1] + offset, args.a_row);
+          _tile_dpbf16ps(1, 5, 6);
+          _tile_loadd(4, args.a[2] + offset, args.a_row);
+          _tile_dpbf16ps(2, 4, 6);
+          _tile_loadd(5, args.a[3] + offset, args.a_row);
+          _tile_dpbf16ps(3, 5, 6);
+        }
+      }
+    }
+  }
+  _tile_stored(0, args.out, 64);
+  _tile_stored(1, args.out + kTileFloats, 64);
+  _tile_stored(2, args.out + 2 * kTileFloats, 64);
+  _tile_stored(3, args.out + 3 * kTileFloats, 64);
+}
+
+SEGPOSE_INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+// The next term of a remainder: its value rounded to bfloat16, in the upper half of each lane. A value that would round
+// to infinity is cut instead, and after an infinity or NaN nothing remains.
+SEGPOSE_INLINE __m512i next_term(__m512& rest) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+  __m512i term = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+  const __mmask16 infinite = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(term), 0x18);
+  if (__builtin_expect(infinite != 0, 0)) {
+    term = _mm512_mask_and_epi32(term, infinite, _mm512_castps_si512(rest), _mm512_set1_epi32(-65536));
+  }
+  const __mmask16 special = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(term), 0x99);
+  rest = _mm512_maskz_sub_ps(static_cast<__mmask16>(~special), rest, _mm512_castsi512_ps(term));
+  return term;
+}
+
+SEGPOSE_INLINE __m256i upper_halves(__m512i term) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(term, 16)); }
+
+// Two terms, of consecutive rows, interleaved.
+SEGPOSE_INLINE __m512i pair(__m512i first, __m512i second) {
+  return _mm512_or_epi32(second, _mm512_srli_epi32(first, 16));
+}
+
+SEGPOSE_INLINE __m512 load16(DType dtype, const void* source, int64_t index, __mmask16 mask) {
+  if (dtype == DType::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + index);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(source) + index);
+  if (dtype == DType::float16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+void split_pixels(const float* source, int64_t step, int64_t pixels, int64_t channels, int64_t unit, int terms,
+                  char* destination, int64_t term_step) {
+  if (step == unit && channels == unit) {  // no gaps: one long row
+    channels = unit = pixels * unit;
+    pixels = 1;
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    const float* row = source + p * step;
+    char* out = destination + p * unit * 2;
+    for (int64_t c = 0; c < unit; c += 16) {
+      __m512 rest = _mm512_maskz_loadu_ps(first_lanes(channels - c), row + c);
+      const __mmask16 stored = first_lanes(unit - c);
+      for (int t = 0; t < terms; ++t) {
+        _mm256_mask_storeu_epi16(out + t * term_step + c * 2, stored, upper_halves(next_term(rest)));
+      }
+    }
+  }
+}
+
+void copy_pixels(const uint16_t* source, int64_t step, int64_t pixels, int64_t channels, int64_t unit,
+                 char* destination) {
+  if (step == unit && channels == unit) {
+    channels = unit = pixels * unit;
+    pixels = 1;
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    const uint16_t* row = source + p * step;
+    char* out = destination + p * unit * 2;
+    for (int64_t c = 0; c < unit; c += 16) {
+      const __m256i values = _mm256_maskz_loadu_epi16(first_lanes(channels - c), row + c);
+      _mm256_mask_storeu_epi16(out + c * 2, first_lanes(unit - c), values);
+    }
+  }
+}
+
+void pair_rows(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
+               int64_t term_step) {
+  const __mmask16 mask = first_lanes(columns);
+  for (int i = 0; i < kTileDepth / 2; ++i) {
+    __m512 first = load16(dtype, rows[2 * i], offset, mask);
+    __m512 second = load16(dtype, rows[2 * i + 1], offset, mask);
+    for (int t = 0; t < terms; ++t) {
+      const __m512i low = next_term(first);
+      const __m512i high = next_term(second);
+      _mm512_storeu_si512(destination + t * term_step + i * 64, pair(low, high));
+    }
+  }
+}
+
+SEGPOSE_INLINE void transpose_16x16(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+void transpose_rows(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
+                    int64_t pitch, int64_t term_step) {
+  const __mmask16 mask = first_lanes(columns);
+  __m512i values[16];
+  for (int i = 0; i < 16; ++i) values[i] = _mm512_castps_si512(load16(dtype, rows[i], offset, mask));
+  transpose_16x16(values);
+  for (int c = 0; c < 16; ++c) {
+    __m512 rest = _mm512_castsi512_ps(values[c]);
+    for (int t = 0; t < terms; ++t) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(destination + c * pitch + t * term_step),
+                          upper_halves(next_term(rest)));
+    }
+  }
+}
+
+void gather_matrix(DType dtype, const void* source, int64_t offset, int64_t row_step, int64_t column_step, int64_t rows,
+                   int64_t columns, float* destination) {
+  const __mmask16 mask = first_lanes(columns);
+  if (column_step == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      _mm512_storeu_ps(destination + i * 16, load16(dtype, source, offset + i * row_step, mask));
+    }
+    return;
+  }
+  if (row_step == 1) {  // whole lines, transposed
+    for (int64_t i0 = 0; i0 < rows; i0 += 16) {
+      const __mmask16 valid = first_lanes(rows - i0);
+      __m512i values[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        const __mmask16 lanes = j < columns ? valid : static_cast<__mmask16>(0);
+        values[j] = _mm512_castps_si512(load16(dtype, source, offset + j * column_step + i0, lanes));
+      }
+      transpose_16x16(values);
+      for (int64_t i = i0; i < rows && i < i0 + 16; ++i) _mm512_storeu_si512(destination + i * 16, values[i - i0]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < 16; ++j) {
+      const int64_t index = offset + i * row_step + j * column_step;
+      destination[i * 16 + j] = j < columns ? _mm512_cvtss_f32(load16(dtype, source, index, 1)) : 0.0f;
+    }
+  }
+}
+
+// torch's edges: relu(NaN) = NaN and relu(-inf) = 0, so ReLU selects instead of multiplying.
+template <Activation Act>
+SEGPOSE_INLINE __m512 activate(__m512 value, __m512 slope) {
+  const __m512 zero = _mm512_setzero_ps();
+  if constexpr (Act == Activation::relu) {
+    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ), zero);
+  } else if constexpr (Act == Activation::leaky_relu) {
+    return _mm512_mask_mul_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_NGT_UQ), value, slope);
+  }
+  return value;
+}
+
+template <DType Type>
+SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 value, bool stream) {
+  if constexpr (Type == DType::float32) {
+    float* out = static_cast<float*>(data) + index;
+    if (stream) {
+      _mm512_stream_ps(out, value);
+    } else {
+      _mm512_mask_storeu_ps(out, mask, value);
+    }
+  } else if constexpr (Type == DType::bfloat16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
+                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+  } else {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
+                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+template <DType Type, Activation Act>
+void store_rows(const SplitStoreArgs& args) {
+  const __m512 slope = _mm512_set1_ps(args.negative_slope);
+  for (int64_t c = 0; c < args.columns; c += kTileColumns) {
+    const __mmask16 mask = first_lanes(args.columns - c);
+    const __m512 bias = args.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(args.bias + c);
+    const float* tile = args.tiles + c / kTileColumns * kTileFloats;
+    for (int i = 0; i < kTileRows; ++i) {
+      if (args.offsets[i] < 0) continue;
+      const __m512 value = _mm512_add_ps(_mm512_loadu_ps(tile + i * 16), bias);
+      store16<Type>(args.data, args.offsets[i] + c, mask, activate<Act>(value, slope), args.stream);
+    }
+  }
+}
+
+template <DType Type>
+void store_activated(const SplitStoreArgs& args) {
+  if (args.activation == Activation::leaky_relu) return store_rows<Type, Activation::leaky_relu>(args);
+  if (args.activation == Activation::relu) return store_rows<Type, Activation::relu>(args);
+  store_rows<Type, Activation::none>(args);
+}
+
+void store(const SplitStoreArgs& args) {
+  if (args.dtype == DType::float32) return store_activated<DType::float32>(args);
+  if (args.dtype == DType::bfloat16) return store_activated<DType::bfloat16>(args);
+  store_activated<DType::float16>(args);
+}
+
+constexpr SplitUkernels kTable = {{2, 2, {gemm_2x2<1>, gemm_2x2<2>, gemm_2x2<3>}},
+                                  {1, 2, {gemm_1x2<1>, gemm_1x2<2>, gemm_1x2<3>}},
+                                  {4, 1, {gemm_4x1<1>, gemm_4x1<2>, gemm_4x1<3>}},
+                                  begin,
+                                  end,
+                                  split_pixels,
+                                  copy_pixels,
+                                  pair_rows,
+                                  transpose_rows,
+                                  gather_matrix,
+                                  store};
+
+}  // namespace segpose::amx
+#pragma GCC pop_options
+#endif
+
+namespace segpose {
+
+const SplitUkernels* split_ukernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::amx) return &amx::kTable;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+}  // namespace segpose
