@@ -24,6 +24,11 @@ PLAN_SOURCES = [
     "csrc/cpu/plan.cpp",
     "csrc/cpu/planes.cpp",
     "csrc/cpu/split_plan.cpp",
+    "csrc/cpu/transform_plan.cpp",
+    "csrc/cpu/transforms_amx.cpp",
+    "csrc/cpu/transforms_avx2.cpp",
+    "csrc/cpu/transforms_avx512.cpp",
+    "csrc/cpu/transforms_generic.cpp",
     "csrc/cpu/ukernels_amx.cpp",
     "csrc/cpu/ukernels_generic.cpp",
     "csrc/cpu/ukernels_avx2.cpp",
@@ -39,8 +44,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/split_pack.cpp",
     "csrc/cpu/split_wgrad.cpp",
     "csrc/cpu/staging.cpp",
+    "csrc/cpu/transform_conv.cpp",
+    "csrc/cpu/transform_filter.cpp",
     "csrc/cpu/wgrad.cpp",
-    "csrc/cpu/winograd.cpp",
 ]
 
 

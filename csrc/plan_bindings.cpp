@@ -63,6 +63,9 @@ DType parse_dtype(const std::string& name) {
 // Rows and columns of the widest microkernel that the plan uses.
 std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
   if (plan.algorithm == Algorithm::split) return {2 * kTileRows, 2 * kTileColumns};
+  if (plan.packs_source()) {
+    return {plan.transform.terms > 0 ? 2 * kTileRows : kTransformRows, plan.transform.panel_columns};
+  }
   if (plan.panels.empty()) return {0, 0};
   const Panel& panel = plan.panels.front();
   if (plan.algorithm == Algorithm::depthwise) return {kDepthwiseRows, ukernels<float>(plan.isa).vector_length};
@@ -152,11 +155,13 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan",
       [](const ConvProblem& problem, const std::string& op, const std::string& dtype, std::optional<std::string> isa,
-         bool exact) {
-        return plan_conv(problem, parse_pass(op), parse_dtype(dtype), isa ? parse_isa(*isa) : selected_isa(), exact);
+         const std::string& precision, const std::string& algorithm, int64_t threads) {
+        return plan_conv(problem, parse_pass(op), parse_dtype(dtype), isa ? parse_isa(*isa) : selected_isa(),
+                         {parse_precision(precision), parse_algorithm(algorithm), threads});
       },
       py::arg("problem"), py::arg("op") = "fprop", py::arg("dtype") = "float32", py::arg("isa") = std::nullopt,
-      py::arg("exact") = false, "The plan of one pass (fprop, dgrad, wgrad).");
+      py::arg("precision") = "highest", py::arg("algorithm") = "", py::arg("threads") = 1,
+      "The plan of one pass (fprop, dgrad, wgrad).");
   m.def("phases", &dgrad_phases, py::arg("problem"), "The dgrad phases of a problem, heaviest first.");
   m.def("cpu_features", [] {
     std::map<std::string, bool> features;

@@ -19,7 +19,15 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "stride, "
       "SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // Inference with a filter packed once: for inputs of one shape.
+  m.def(
+      "prepare_filter(Tensor weight, int[4] input_shape, int[2] stride, int[2] padding, int[2] output_padding, "
+      "int[2] dilation, int groups, bool transposed) -> Tensor");
+  m.def(
+      "conv_act_prepared(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope) -> Tensor");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_exact(bool exact) -> bool");
+  m.def("set_algorithm(str name) -> str");
   m.def("release_workspace() -> int");
 }

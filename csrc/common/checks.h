@@ -43,14 +43,14 @@ inline void check_attributes(const ConvAttributes& attributes) {
 }
 
 // The convolution view of a call, or an error that names what does not fit.
-inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const ConvAttributes& attributes) {
+inline ConvProblem make_problem(const std::vector<int64_t>& input, const Tensor& weight,
+                                const ConvAttributes& attributes) {
   check_attributes(attributes);
-  STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D (N, C, H, W), got ", input.dim(), " dimensions");
+  STD_TORCH_CHECK(input.size() == 4, "segpose: input must be 4-D (N, C, H, W), got ", input.size(), " dimensions");
   STD_TORCH_CHECK(weight.dim() == 4, "segpose: weight must be 4-D, got ", weight.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "segpose: input and weight must have the same dtype");
   const auto &stride = attributes.stride, &padding = attributes.padding, &dilation = attributes.dilation;
   ConvProblem problem{};
-  problem.n = input.size(0);
+  problem.n = input[0];
   problem.r = weight.size(2);
   problem.s = weight.size(3);
   problem.stride_h = stride[0];
@@ -68,29 +68,35 @@ inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const
   STD_TORCH_CHECK(problem.k % attributes.groups == 0, "segpose: weight.size(0)=", problem.k,
                   " must be divisible by groups=", attributes.groups);
   if (attributes.transposed) {
-    STD_TORCH_CHECK(input.size(1) == problem.k, "segpose: input.size(1)=", input.size(1),
-                    " but weight.size(0)=", problem.k);
-    problem.p = input.size(2);
-    problem.q = input.size(3);
+    STD_TORCH_CHECK(input[1] == problem.k, "segpose: input.size(1)=", input[1], " but weight.size(0)=", problem.k);
+    problem.p = input[2];
+    problem.q = input[3];
     problem.h =
         conv_transpose_extent(problem.p, problem.r, stride[0], padding[0], attributes.output_padding[0], dilation[0]);
     problem.w =
         conv_transpose_extent(problem.q, problem.s, stride[1], padding[1], attributes.output_padding[1], dilation[1]);
   } else {
-    STD_TORCH_CHECK(input.size(1) == problem.c, "segpose: input.size(1)=", input.size(1),
+    STD_TORCH_CHECK(input[1] == problem.c, "segpose: input.size(1)=", input[1],
                     " but weight.size(1) * groups=", problem.c);
-    problem.h = input.size(2);
-    problem.w = input.size(3);
+    problem.h = input[2];
+    problem.w = input[3];
     problem.p = conv_extent(problem.h, problem.r, stride[0], padding[0], dilation[0]);
     problem.q = conv_extent(problem.w, problem.s, stride[1], padding[1], dilation[1]);
   }
   const int64_t out_h = attributes.transposed ? problem.h : problem.p;
   const int64_t out_w = attributes.transposed ? problem.w : problem.q;
-  STD_TORCH_CHECK(problem.n == 0 || (input.size(2) > 0 && input.size(3) > 0),
-                  "segpose: only the batch may be empty, got input ", input.size(2), " x ", input.size(3));
-  STD_TORCH_CHECK(out_h > 0 && out_w > 0, "segpose: output size is too small: input ", input.size(2), " x ",
-                  input.size(3), ", output ", out_h, " x ", out_w);
+  STD_TORCH_CHECK(problem.n == 0 || (input[2] > 0 && input[3] > 0), "segpose: only the batch may be empty, got input ",
+                  input[2], " x ", input[3]);
+  STD_TORCH_CHECK(out_h > 0 && out_w > 0, "segpose: output size is too small: input ", input[2], " x ", input[3],
+                  ", output ", out_h, " x ", out_w);
   return problem;
+}
+
+inline ConvProblem make_problem(const Tensor& input, const Tensor& weight, const ConvAttributes& attributes) {
+  STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "segpose: input and weight must have the same dtype");
+  std::vector<int64_t> shape;
+  for (int64_t axis = 0; axis < input.dim(); ++axis) shape.push_back(input.size(axis));
+  return make_problem(shape, weight, attributes);
 }
 
 inline void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {

@@ -21,10 +21,20 @@ using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// Leaves out Winograd; read once at the start of a pass.
-std::atomic<bool> exact_algorithms{false};
+// An algorithm that tests and benchmarks ask for, -1 for none; read once at the start of a pass.
+std::atomic<int> forced_algorithm{-1};
+std::atomic<int> chosen_precision{static_cast<int>(Precision::highest)};
 
-bool set_exact(bool exact) { return exact_algorithms.exchange(exact); }
+std::string set_algorithm(const std::string& name) {
+  const std::optional<Algorithm> algorithm = parse_algorithm(name);
+  const int previous = forced_algorithm.exchange(algorithm.has_value() ? static_cast<int>(*algorithm) : -1);
+  return previous < 0 ? "" : algorithm_name(static_cast<Algorithm>(previous));
+}
+
+bool set_exact(bool exact) {
+  return chosen_precision.exchange(static_cast<int>(exact ? Precision::exact : Precision::highest)) ==
+         static_cast<int>(Precision::exact);
+}
 
 int64_t release_workspace() { return WorkspacePool::instance().clear(); }
 
@@ -75,11 +85,12 @@ Ints shape_of(const ConvProblem& problem, bool x_shaped) {
 }
 
 void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weight, const OptionalTensor& bias,
-                const Tensor& destination, const Epilogue& epilogue) {
+                const Tensor& destination, const Epilogue& epilogue, const void* packed = nullptr) {
   const Executor executor = torch_executor();
   const GatherPass request{&plan,
                            source,
                            filter_of(weight),
+                           packed,
                            bias.has_value() ? bias->data_ptr() : nullptr,
                            bias.has_value() ? bias->stride(0) : 0,
                            view_of(destination),
@@ -89,7 +100,11 @@ void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weig
 }
 
 Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight) {
-  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), exact_algorithms);
+  PlanOptions options{static_cast<Precision>(chosen_precision.load()), std::nullopt,
+                      static_cast<int64_t>(torch::stable::get_num_threads())};
+  const int forced = forced_algorithm;
+  if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
+  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
 }
 
 // act(bias) everywhere: what a convolution over no channels gives.
@@ -108,8 +123,22 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
   run_gather(plan_for(one, Pass::fprop, weight), {view_of(source), nullptr}, weight, bias, output, epilogue);
 }
 
+Pass forward_pass(const ConvAttributes& attributes) { return attributes.transposed ? Pass::dgrad : Pass::fprop; }
+
+// The filter as the plan for inputs of that shape reads it.
+Tensor prepare_filter(const Tensor& weight, Ints input_shape, Ints stride, Ints padding, Ints output_padding,
+                      Ints dilation, int64_t groups, bool transposed) {
+  const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
+  const Plan plan = plan_for(make_problem(input_shape, weight, attributes), forward_pass(attributes), weight);
+  Tensor packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
+  const Executor executor = torch_executor();
+  const Workspace workspace(pack_workspace(plan, executor.workers), weight);
+  pack_pass_filter(plan, filter_of(weight), packed.data_ptr(), workspace.data(), executor);
+  return packed;
+}
+
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
-               double negative_slope) {
+               double negative_slope, const OptionalTensor& packed = std::nullopt) {
   const ConvProblem problem = make_problem(input, weight, attributes);
   const Ints shape = shape_of(problem, attributes.transposed);
   check_bias(bias, input, shape[1]);
@@ -118,8 +147,11 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Plan plan = plan_for(problem, attributes.transposed ? Pass::dgrad : Pass::fprop, weight);
-    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue);
+    const Plan plan = plan_for(problem, forward_pass(attributes), weight);
+    STD_TORCH_CHECK(!packed.has_value() || packed->numel() == std::max<int64_t>(packed_filter_bytes(plan), 1),
+                    "segpose: the filter was prepared for another problem");
+    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue,
+               packed.has_value() ? packed->data_ptr() : nullptr);
   }
   return output;
 }
@@ -147,7 +179,8 @@ void mask_gradient(MaskedGradient& gradient, const Tensor& grad_output, const Op
   GradientPass pass{gradient.source, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
                     grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
   if (copied) {
-    gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
+    gradient.storage =
+        std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
     pass.masked.data = gradient.storage->data();
   }
   const Executor executor = torch_executor();
@@ -202,6 +235,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
   return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};
 }
 
+Tensor conv_act_prepared(const Tensor& input, const Tensor& weight, const Tensor& packed, const OptionalTensor& bias,
+                         Ints stride, Ints padding, Ints output_padding, Ints dilation, int64_t groups, bool transposed,
+                         double negative_slope) {
+  return forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, transposed}, negative_slope,
+                 packed);
+}
+
 Tensor conv2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride, Ints padding,
                   Ints dilation, int64_t groups, double negative_slope) {
   return forward(input, weight, bias, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope);
@@ -237,11 +277,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& g
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
   m.impl("conv2d_act", TORCH_BOX(&segpose::conv2d_act));
   m.impl("conv2d_act_backward", TORCH_BOX(&segpose::conv2d_act_backward));
+  m.impl("prepare_filter", TORCH_BOX(&segpose::prepare_filter));
+  m.impl("conv_act_prepared", TORCH_BOX(&segpose::conv_act_prepared));
   m.impl("conv_transpose2d_act", TORCH_BOX(&segpose::conv_transpose2d_act));
   m.impl("conv_transpose2d_act_backward", TORCH_BOX(&segpose::conv_transpose2d_act_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("set_exact", TORCH_BOX(&segpose::set_exact));
+  m.impl("set_algorithm", TORCH_BOX(&segpose::set_algorithm));
   m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));
 }

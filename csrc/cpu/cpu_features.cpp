@@ -62,11 +62,16 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   const auto has = [](int supported) { return supported != 0; };
   const AmxFeatures amx = amx_features();
   return {
-      {"avx2", has(__builtin_cpu_supports("avx2"))},         {"fma", has(__builtin_cpu_supports("fma"))},
-      {"f16c", has(__builtin_cpu_supports("f16c"))},         {"avx512f", has(__builtin_cpu_supports("avx512f"))},
-      {"avx512bw", has(__builtin_cpu_supports("avx512bw"))}, {"avx512dq", has(__builtin_cpu_supports("avx512dq"))},
-      {"avx512vl", has(__builtin_cpu_supports("avx512vl"))}, {"avx512_bf16", amx.avx512_bf16},
-      {"amx_tile", amx.tiles},                               {"amx_bf16", amx.bf16},
+      {"avx2", has(__builtin_cpu_supports("avx2"))},
+      {"fma", has(__builtin_cpu_supports("fma"))},
+      {"f16c", has(__builtin_cpu_supports("f16c"))},
+      {"avx512f", has(__builtin_cpu_supports("avx512f"))},
+      {"avx512bw", has(__builtin_cpu_supports("avx512bw"))},
+      {"avx512dq", has(__builtin_cpu_supports("avx512dq"))},
+      {"avx512vl", has(__builtin_cpu_supports("avx512vl"))},
+      {"avx512_bf16", amx.avx512_bf16},
+      {"amx_tile", amx.tiles},
+      {"amx_bf16", amx.bf16},
   };
 #else
   return {};

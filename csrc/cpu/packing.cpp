@@ -27,39 +27,34 @@ int64_t PackedFilter::panel_offset(const Plan& plan, int64_t phase, int64_t grou
 }
 
 template <class T>
-void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,
-              int64_t begin, int64_t from, T* packed) {
-  const FilterStrides strides = filter_strides(plan, filter);
-  const int64_t start = group * strides.group + panel.column * strides.column + begin * strides.from +
-                        tap.r * filter.stride_r + tap.s * filter.stride_s;
-  const int64_t columns = panel.columns;
-  const int64_t nr = panel.nr;
+void gather_filter(const FilterView& filter, int64_t start, int64_t row_step, int64_t column_step, int64_t rows,
+                   int64_t columns, int64_t width, T* out) {
   if (filter.dtype == compute_dtype<T>()) {
     const T* source = static_cast<const T*>(filter.data) + start;
-    if (strides.from == 1) {
-      // Reads whole lines and writes 16 rows of the panel at a time, which stay in L1.
+    if (row_step == 1) {
+      // Reads whole lines and writes 16 rows at a time, which stay in L1.
       constexpr int64_t kRows = 16;
-      for (int64_t i0 = 0; i0 < from; i0 += kRows) {
-        const int64_t rows = std::min(kRows, from - i0);
+      for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
+        const int64_t count = std::min(kRows, rows - i0);
         for (int64_t j = 0; j < columns; ++j) {
-          const T* line = source + j * strides.column + i0;
-          for (int64_t i = 0; i < rows; ++i) packed[(i0 + i) * nr + j] = line[i];
+          const T* line = source + j * column_step + i0;
+          for (int64_t i = 0; i < count; ++i) out[(i0 + i) * width + j] = line[i];
         }
       }
     } else {
-      for (int64_t i = 0; i < from; ++i) {
-        for (int64_t j = 0; j < columns; ++j) packed[i * nr + j] = source[i * strides.from + j * strides.column];
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) out[i * width + j] = source[i * row_step + j * column_step];
       }
     }
   } else {
-    for (int64_t i = 0; i < from; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        packed[i * nr + j] = load_element<T>(filter.data, filter.dtype, start + i * strides.from + j * strides.column);
+        out[i * width + j] = load_element<T>(filter.data, filter.dtype, start + i * row_step + j * column_step);
       }
     }
   }
-  if (columns == nr) return;
-  for (int64_t i = 0; i < from; ++i) std::fill(packed + i * nr + columns, packed + (i + 1) * nr, T{0});
+  if (columns == width) return;
+  for (int64_t i = 0; i < rows; ++i) std::fill(out + i * width + columns, out + (i + 1) * width, T{0});
 }
 
 template <class T>
@@ -67,6 +62,7 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
                  const Executor& executor) {
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
   const int64_t from = plan.depth();
+  const FilterStrides strides = filter_strides(plan, filter);
   for (size_t p = 0; p < plan.phases.size(); ++p) {
     const Phase& phase = plan.phases[p];
     const int64_t taps = static_cast<int64_t>(phase.taps.size());
@@ -77,26 +73,27 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
       const int64_t group = task / (taps * panels);
       const Tap& tap = phase.taps[static_cast<size_t>(t)];
       T* block = base + layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
-      pack_tap(plan, filter, tap, group, panel, 0, from, block);
+      const int64_t start =
+          group * strides.group + panel.column * strides.column + tap.r * filter.stride_r + tap.s * filter.stride_s;
+      gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr, block);
     });
   }
 }
 
 template <class T>
-void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, T* packed) {
-  const int64_t columns = plan.columns();
-  const int64_t padded = plan.padded_columns();
-  for (int64_t group = 0; group < plan.gemm_groups(); ++group) {
+void pack_bias(const void* bias, DType dtype, int64_t stride, int64_t groups, int64_t columns, int64_t padded,
+               T* packed) {
+  for (int64_t group = 0; group < groups; ++group) {
     for (int64_t j = 0; j < padded; ++j) {
       packed[group * padded + j] = j < columns ? load_element<T>(bias, dtype, (group * columns + j) * stride) : T{0};
     }
   }
 }
 
-#define SEGPOSE_INSTANTIATE(T)                                                                                        \
-  template void pack_tap<T>(const Plan&, const FilterView&, const Tap&, int64_t, const Panel&, int64_t, int64_t, T*); \
-  template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);             \
-  template void pack_bias<T>(const Plan&, const void*, DType, int64_t, T*);
+#define SEGPOSE_INSTANTIATE(T)                                                                                 \
+  template void gather_filter<T>(const FilterView&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, T*); \
+  template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);      \
+  template void pack_bias<T>(const void*, DType, int64_t, int64_t, int64_t, int64_t, T*);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)
 

@@ -30,17 +30,18 @@ struct FilterStrides {
 
 FilterStrides filter_strides(const Plan& plan, const FilterView& filter);
 
-// [count][nr] of one tap, source channels begin .. begin + count - 1.
+// [rows][width] values of one tap of a filter, zeros after `columns`; `start` and the steps in elements.
 template <class T>
-void pack_tap(const Plan& plan, const FilterView& filter, const Tap& tap, int64_t group, const Panel& panel,
-              int64_t begin, int64_t count, T* packed);
+void gather_filter(const FilterView& filter, int64_t start, int64_t row_step, int64_t column_step, int64_t rows,
+                   int64_t columns, int64_t width, T* out);
 
 template <class T>
 void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
                  const Executor& executor);
 
-// The bias of every group, padded to whole panels: [groups][padded columns].
+// The bias of every group, padded to whole panels: [groups][padded], zeros after `columns`.
 template <class T>
-void pack_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, T* packed);
+void pack_bias(const void* bias, DType dtype, int64_t stride, int64_t groups, int64_t columns, int64_t padded,
+               T* packed);
 
 }  // namespace segpose

@@ -8,8 +8,8 @@
 #include "split_conv.h"
 #include "split_wgrad.h"
 #include "staging.h"
+#include "transform_conv.h"
 #include "wgrad.h"
-#include "winograd.h"
 
 namespace segpose {
 namespace {
@@ -27,47 +27,74 @@ TensorView staged_view(const TensorView& source, T* data) {
   return nhwc_view(data, compute_dtype<T>(), source.n, source.c, source.h, source.w);
 }
 
-// The pieces of a pass's workspace; measuring and using share this one description.
-struct SplitBuffers {
+// The pieces of a pass's workspace; measuring and using share this one description. The filter is packed here unless
+// the pass brings it.
+struct GatherCommon {
   char* packed;
-  float* bias;
-  char* scratch;
+  char* packing;
 
-  SplitBuffers(const GatherPass& pass, const SplitFilter& layout, int64_t workers, Arena& arena) {
-    packed = arena.take<char>(layout.size());
-    bias = pass.bias == nullptr ? nullptr : arena.take<float>(split_bias_size(*pass.plan));
-    scratch = arena.take<char>(workers * split_scratch(*pass.plan, pass.source));
+  GatherCommon(const GatherPass& pass, int64_t workers, Arena& arena) : packed(nullptr), packing(nullptr) {
+    if (pass.packed != nullptr) return;
+    packed = arena.take<char>(packed_filter_bytes(*pass.plan));
+    packing = arena.take<char>(pack_workspace(*pass.plan, workers));
+  }
+
+  const void* filter(const GatherPass& pass, const Executor& executor) const {
+    if (pass.packed != nullptr) return pass.packed;
+    pack_pass_filter(*pass.plan, pass.filter, packed, packing, executor);
+    return packed;
   }
 };
 
-void run_split(const GatherPass& pass, void* workspace, const Executor& executor) {
+// Of the algorithms that pack their source.
+struct PackedBuffers {
+  GatherCommon common;
+  float* bias;
+  char* scratch;
+
+  PackedBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
+    const Plan& plan = *pass.plan;
+    bias = pass.bias == nullptr ? nullptr : arena.take<float>(plan.problem.groups * plan.padded_columns());
+    scratch = arena.take<char>(plan.algorithm == Algorithm::split ? workers * split_scratch(plan, pass.source)
+                                                                  : transform_scratch(plan, pass.source, workers));
+  }
+};
+
+void run_packed(const GatherPass& pass, void* workspace, const Executor& executor) {
   const Plan& plan = *pass.plan;
-  const SplitFilter layout(plan);
   Arena arena(workspace);
-  const SplitBuffers buffers(pass, layout, executor.workers, arena);
-  pack_split_filter(plan, layout, pass.filter, buffers.packed, executor);
-  if (pass.bias != nullptr) pack_split_bias(plan, pass.bias, pass.filter.dtype, pass.bias_stride, buffers.bias);
-  launch_split({&plan, &layout, pass.source, pass.destination, buffers.packed, buffers.bias, buffers.scratch,
-                pass.epilogue},
-               executor);
+  const PackedBuffers buffers(pass, executor.workers, arena);
+  const auto* filter = static_cast<const char*>(buffers.common.filter(pass, executor));
+  if (pass.bias != nullptr) {
+    pack_bias(pass.bias, pass.filter.dtype, pass.bias_stride, plan.problem.groups, plan.columns(),
+              plan.padded_columns(), buffers.bias);
+  }
+  if (plan.algorithm == Algorithm::split) {
+    const SplitFilter layout(plan);
+    launch_split({&plan, &layout, pass.source, pass.destination, filter, buffers.bias, buffers.scratch, pass.epilogue},
+                 executor);
+  } else {
+    const TransformFilter layout(plan);
+    launch_transform(
+        {&plan, &layout, pass.source, pass.destination, filter, buffers.bias, buffers.scratch, pass.epilogue},
+        executor);
+  }
 }
 
 template <class T>
 struct GatherBuffers {
+  GatherCommon common;
   T* source;
-  T* packed;
   T* bias;
   T* zeros;
   char* scratch;
 
-  GatherBuffers(const GatherPass& pass, const PackedFilter& layout, int64_t workers, Arena& arena) {
+  GatherBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
     const TensorView& view = pass.source.view;
     source = pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
-    const bool winograd = pass.plan->algorithm == Algorithm::winograd;
-    packed = arena.take<T>(winograd ? winograd_filter_size(*pass.plan) : layout.size());
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(view.c);
-    scratch = arena.take<char>(workers * (winograd ? winograd_scratch<T>(*pass.plan) : gather_scratch<T>(*pass.plan)));
+    scratch = arena.take<char>(workers * gather_scratch<T>(*pass.plan));
   }
 };
 
@@ -76,25 +103,21 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
   const Plan& plan = *pass.plan;
   const PackedFilter layout(plan);
   Arena arena(workspace);
-  const GatherBuffers<T> buffers(pass, layout, executor.workers, arena);
+  const GatherBuffers<T> buffers(pass, executor.workers, arena);
+  const auto* filter = static_cast<const T*>(buffers.common.filter(pass, executor));
   TensorView source = pass.source.view;
   if (buffers.source != nullptr) {
     stage(ukernels<T>(plan.isa), pass.source, buffers.source, executor);
     source = staged_view(source, buffers.source);
   }
-  if (pass.bias != nullptr) pack_bias(plan, pass.bias, pass.filter.dtype, pass.bias_stride, buffers.bias);
-  std::fill_n(buffers.zeros, source.c, T{0});
-  const GatherLaunch<T> launch{&plan,          &layout,
-                               source,         pass.destination,
-                               buffers.packed, pass.bias == nullptr ? nullptr : buffers.bias,
-                               buffers.zeros,  buffers.scratch,
-                               pass.epilogue};
-  if (plan.algorithm == Algorithm::winograd) {
-    launch_winograd(launch, pass.filter, buffers.packed, executor);
-    return;
+  if (pass.bias != nullptr) {
+    pack_bias(pass.bias, pass.filter.dtype, pass.bias_stride, plan.gemm_groups(), plan.columns(), plan.padded_columns(),
+              buffers.bias);
   }
-  pack_filter(plan, layout, pass.filter, buffers.packed, executor);
-  launch_gather(launch, executor);
+  std::fill_n(buffers.zeros, source.c, T{0});
+  launch_gather<T>(
+      {&plan, &layout, source, pass.destination, filter, buffers.bias, buffers.zeros, buffers.scratch, pass.epilogue},
+      executor);
 }
 
 template <class T>
@@ -125,8 +148,8 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   Arena arena(workspace);
   const WgradBuffers<T> buffers(pass, executor.workers, arena);
-  WgradLaunch<T> launch{&plan,           pass.grad.view,   pass.activation.view,
-                        buffers.partials, buffers.scratch, pass.destination};
+  WgradLaunch<T> launch{&plan,           pass.grad.view,  pass.activation.view, buffers.partials,
+                        buffers.scratch, pass.destination};
   if (buffers.grad != nullptr) {
     stage(kernels, pass.grad, buffers.grad, executor);
     launch.grad = staged_view(launch.grad, buffers.grad);
@@ -164,21 +187,45 @@ void run_gradient(const GradientPass& pass, void* workspace, const Executor& exe
 
 }  // namespace
 
+int64_t packed_filter_bytes(const Plan& plan) {
+  if (plan.algorithm == Algorithm::split) return SplitFilter(plan).size();
+  if (plan.packs_source()) return TransformFilter(plan).size;
+  return PackedFilter(plan).size() * dtype_size(compute_dtype_of(plan.dtype));
+}
+
+int64_t pack_workspace(const Plan& plan, int64_t workers) {
+  const bool transforms = plan.algorithm == Algorithm::winograd || plan.algorithm == Algorithm::fourier;
+  return transforms ? workers * transform_filter_scratch(plan) : 0;
+}
+
+void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, void* workspace,
+                      const Executor& executor) {
+  if (plan.algorithm == Algorithm::split) {
+    pack_split_filter(plan, SplitFilter(plan), filter, static_cast<char*>(packed), executor);
+  } else if (plan.packs_source()) {
+    pack_transform_filter(plan, TransformFilter(plan), filter, static_cast<char*>(packed),
+                          static_cast<char*>(workspace), executor);
+  } else {
+    dispatch_compute(plan.dtype, [&](auto zero) {
+      pack_filter(plan, PackedFilter(plan), filter, static_cast<decltype(zero)*>(packed), executor);
+    });
+  }
+}
+
 int64_t gather_workspace(const GatherPass& pass, int64_t workers) {
-  if (pass.plan->algorithm == Algorithm::split) {
-    Arena arena(nullptr);
-    SplitBuffers buffers(pass, SplitFilter(*pass.plan), workers, arena);
+  Arena arena(nullptr);
+  if (pass.plan->packs_source()) {
+    const PackedBuffers buffers(pass, workers, arena);
     return arena.used();
   }
   return dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    Arena arena(nullptr);
-    GatherBuffers<decltype(zero)> buffers(pass, PackedFilter(*pass.plan), workers, arena);
+    const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
     return arena.used();
   });
 }
 
 void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor) {
-  if (pass.plan->algorithm == Algorithm::split) return run_split(pass, workspace, executor);
+  if (pass.plan->packs_source()) return run_packed(pass, workspace, executor);
   dispatch_compute(pass.plan->dtype, [&](auto zero) { run_gather<decltype(zero)>(pass, workspace, executor); });
 }
 

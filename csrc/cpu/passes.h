@@ -14,11 +14,18 @@ struct GatherPass {
   const Plan* plan;
   MaskedSource source;  // masked only for algorithms that pack their source (see packs_source)
   FilterView filter;
-  const void* bias;  // [destination channels] of the filter's dtype, or null
+  const void* packed;  // pack_pass_filter of this plan and filter, or null: then it is packed on the way
+  const void* bias;    // [destination channels] of the filter's dtype, or null
   int64_t bias_stride;
   TensorView destination;
   Epilogue epilogue;
 };
+
+// The filter of a fprop or dgrad as its algorithm reads it.
+int64_t packed_filter_bytes(const Plan& plan);
+int64_t pack_workspace(const Plan& plan, int64_t workers);
+void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, void* workspace,
+                      const Executor& executor);
 
 // Bytes of workspace for run_gather_pass with that many workers.
 int64_t gather_workspace(const GatherPass& pass, int64_t workers);

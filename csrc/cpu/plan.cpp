@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <stdexcept>
 
 #include "ukernels.h"
 
@@ -27,14 +28,6 @@ constexpr int64_t kWgradPixels = 512;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
-// Winograd: outputs of a tile along an axis; fewer channels than this leave the GEMMs too small.
-constexpr int64_t kWinogradM = 4;
-constexpr int64_t kWinogradChannels = 16;
-// Its costs in multiply-adds: short GEMMs run slower, a transformed value and a transformed weight each cost
-// several operations.
-constexpr double kWinogradGemm = 1.15;
-constexpr double kWinogradTransform = 16;
-constexpr double kWinogradFilter = 24;
 // Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
 constexpr double kPixelCycles = 10;
 constexpr double kPointerCycles = 0.7;
@@ -42,10 +35,6 @@ constexpr double kPointerCycles = 0.7;
 constexpr double kTileCycles = 18;
 constexpr double kStoreCycles = 4;
 constexpr double kSplitCycles = 4;
-// Transformed tiles of a block, input and product together, that stay in L2.
-constexpr int64_t kWinogradBytes = 768 << 10;
-constexpr int64_t kWinogradColumns = 128;
-constexpr int64_t kWinogradFilterBytes = 4 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -109,19 +98,6 @@ void sort_taps(std::vector<Tap>& taps) {
             [](const Tap& a, const Tap& b) { return a.off_h != b.off_h ? a.off_h < b.off_h : a.off_w < b.off_w; });
 }
 
-// Edge of the phase's taps when they are a dense square at unit stride, else 0. Expects sorted taps.
-int64_t dense_edge(const Phase& phase) {
-  if (phase.istep_h != 1 || phase.istep_w != 1) return 0;
-  int64_t edge = 1;
-  while (edge * edge < static_cast<int64_t>(phase.taps.size())) ++edge;
-  if (edge * edge != static_cast<int64_t>(phase.taps.size())) return 0;
-  for (int64_t i = 0; i < edge * edge; ++i) {
-    const Tap& tap = phase.taps[static_cast<size_t>(i)];
-    if (tap.off_h != phase.taps.front().off_h + i / edge || tap.off_w != phase.taps.front().off_w + i % edge) return 0;
-  }
-  return edge;
-}
-
 // What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
 double multiply_add_cycles(Isa isa) {
   const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
@@ -142,95 +118,111 @@ double direct_cycles(const Plan& plan, const Widths& widths) {
          (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
 }
 
-// Cycles of F(4 x 4, r x r) and its r, which is 0 where a phase is no dense square. Transforms cost about
-// (n^2 + m^2) * 6 operations a tile and channel on either side, and the filters are transformed on every call.
-double winograd_cycles(Plan& plan) {
-  const ConvProblem& problem = plan.problem;
-  plan.winograd_r = 0;
-  if (plan.pass == Pass::wgrad || plan.dtype == DType::float64) return 0;
-  if (problem.c_per_group() < kWinogradChannels || problem.k_per_group() < kWinogradChannels) return 0;
-  int64_t edge = 0;
-  double terms = 0;
-  const double channels = static_cast<double>(problem.c_per_group() * problem.k_per_group());
-  for (Phase& phase : plan.phases) {
-    sort_taps(phase.taps);
-    const int64_t phase_edge = dense_edge(phase);
-    if (phase_edge == 0 || (edge != 0 && phase_edge != edge) || (phase_edge != 3 && phase_edge != 2)) return 0;
-    edge = phase_edge;
-    const int64_t n = kWinogradM + edge - 1;
-    const double frequencies = static_cast<double>(n * n);
-    const double tiles =
-        static_cast<double>(problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
-    terms += tiles * frequencies * channels * kWinogradGemm;
-    terms +=
-        tiles * frequencies * kWinogradTransform * static_cast<double>(problem.c_per_group() + problem.k_per_group());
-    terms += frequencies * kWinogradFilter * channels;
+// Terms of a split that may be used: 0 where the machine has no tiles, the dtype has no split or a sum must be exact.
+int64_t usable_terms(const Plan& plan, Precision precision) {
+  if (split_ukernels(plan.isa) == nullptr) return 0;
+  const bool exact = precision == Precision::exact;
+  switch (plan.dtype) {
+    case DType::bfloat16:
+      return 1;
+    case DType::float16:
+      return exact ? 0 : 2;
+    case DType::float32:
+      return exact ? 0 : precision == Precision::highest ? 3 : precision == Precision::high ? 2 : 1;
+    case DType::float64:
+      return 0;
   }
-  plan.winograd_r = edge;
-  return terms * static_cast<double>(problem.groups) * multiply_add_cycles(plan.isa);
+  return 0;
 }
 
-// Cycles of the split GEMM, which is planned here: 0 where the machine has no tiles or the dtype no terms.
-double split_cycles(Plan& plan, bool exact) {
-  const int64_t terms = split_terms(plan.dtype);
-  plan.split = {};
-  if (split_ukernels(plan.isa) == nullptr || terms == 0 || (exact && terms > 1) || plan.pass == Pass::wgrad) return 0;
+// Keeps the fewest cycles, or the algorithm that was asked for.
+struct Choice {
+  Plan& plan;
+  const PlanOptions& options;
+  bool forced = false;
+
+  bool takes(Algorithm algorithm, double cycles) {
+    const bool asked = options.algorithm == algorithm;
+    if (forced || (!asked && cycles >= plan.cycles)) return false;
+    forced = asked;
+    plan.algorithm = algorithm;
+    plan.cycles = cycles;
+    return true;
+  }
+};
+
+double split_gather_cycles(const Plan& plan, const SplitPlan& split) {
   const ConvProblem& problem = plan.problem;
   const bool forward = plan.pass == Pass::fprop;
-  const int64_t source_w = forward ? problem.w : problem.q;
-  plan.split = plan_split_gather(problem, plan.phases, plan.columns(), plan.depth(), source_w, terms);
   double pixels = 0;
   for (const Phase& phase : plan.phases) pixels += static_cast<double>(problem.n * phase.rows * phase.cols);
-  const double source = static_cast<double>(problem.n * (forward ? problem.h : problem.p) * source_w);
+  const double source =
+      static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
   const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
-  return plan.split.steps_issued * kTileCycles +
+  return split.steps_issued * kTileCycles +
          static_cast<double>(problem.groups) *
              (pixels * panels * kStoreCycles +
-              source * static_cast<double>(ceil_div(plan.depth(), 16) * terms) * kSplitCycles);
+              source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
 }
 
-double split_wgrad_cycles(Plan& plan, bool exact) {
-  const int64_t terms = split_terms(plan.dtype);
-  if (split_ukernels(plan.isa) == nullptr || terms == 0 || (exact && terms > 1)) return 0;
+double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
   const ConvProblem& problem = plan.problem;
-  plan.split_wgrad = plan_split_wgrad(problem, plan.phases.front(), terms);
   const double grad = static_cast<double>(problem.n * problem.p * problem.q * ceil_div(problem.k, 16));
   const double source = static_cast<double>(problem.n * problem.h * problem.w * ceil_div(problem.c, 16));
-  return plan.split_wgrad.steps_issued * kTileCycles +
-         (grad + source) * static_cast<double>(terms) * 2 * kSplitCycles;
+  return split.steps_issued * kTileCycles + (grad + source) * static_cast<double>(split.terms) * 2 * kSplitCycles;
+}
+
+void choose_wgrad(Plan& plan, Precision precision, Choice& choice) {
+  plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
+  plan.cycles = 0.5 * plan.problem.flops() * multiply_add_cycles(plan.isa);
+  const int64_t terms = usable_terms(plan, precision);
+  if (terms == 0 || plan.problem.n == 0) return;
+  const SplitWgradPlan split = plan_split_wgrad(plan.problem, plan.phases.front(), terms);
+  if (choice.takes(Algorithm::split, split_wgrad_cycles(plan, split))) plan.split_wgrad = split;
 }
 
 // The supported algorithm with the fewest predicted cycles.
-void choose_algorithm(Plan& plan, const Widths& widths, bool exact) {
-  plan.algorithm = Algorithm::igemm;  // whose columns() and depth() the costs use
+void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& options) {
+  Choice choice{plan, options};
+  const Precision precision = options.precision;
   if (is_depthwise(plan.problem) && plan.problem.groups > 1) {
     plan.algorithm = Algorithm::depthwise;
     return;
   }
-  if (plan.pass == Pass::wgrad) {
-    if (gathers(plan)) plan.algorithm = Algorithm::gathered;
-    plan.cycles = 0.5 * plan.problem.flops() * multiply_add_cycles(plan.isa);
-    const double split = split_wgrad_cycles(plan, exact);
-    if (plan.split_wgrad.terms != 0 && split < plan.cycles) {
-      plan.algorithm = Algorithm::split;
-      plan.cycles = split;
+  if (plan.pass == Pass::wgrad) return choose_wgrad(plan, precision, choice);
+  plan.algorithm = Algorithm::igemm;  // whose columns() and depth() the costs use
+  const double direct = direct_cycles(plan, widths);
+  const int64_t columns = plan.columns();
+  const int64_t depth = plan.depth();
+  plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
+  plan.cycles = direct;
+  choice.forced = options.algorithm == plan.algorithm;
+  const int64_t terms = usable_terms(plan, precision);
+  // Predicted for one thread, so that the choice does not depend on their number.
+  const int64_t source_w = plan.pass == Pass::fprop ? plan.problem.w : plan.problem.q;
+  const auto split_for = [&](int64_t threads) {
+    return plan_split_gather(plan.problem, plan.phases, columns, depth, source_w, terms, threads);
+  };
+  if (terms > 0) {
+    const SplitPlan split = split_for(1);
+    // A step of several taps multiplies neighbours by zero, which turns an infinity into NaN.
+    const bool local = split.unit == kTileDepth || precision != Precision::exact;
+    if (local) choice.takes(Algorithm::split, split_gather_cycles(plan, split));
+  }
+  // Transforms compute in float32 and round more than one bfloat16 term may.
+  const TransformQuery query{&plan.phases, plan.isa, plan.problem.n, plan.problem.groups, columns, depth, terms};
+  if (precision != Precision::exact && plan.dtype != DType::float64 && terms != 1) {
+    for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
+      const TransformCandidate candidate =
+          algorithm == Algorithm::winograd ? plan_winograd(query) : plan_fourier(query);
+      if (candidate.plan.n != 0 && choice.takes(algorithm, candidate.cycles)) plan.transform = candidate.plan;
     }
-    return;
   }
-  Algorithm best = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
-  plan.cycles = direct_cycles(plan, widths);
-  const double winograd = exact ? 0 : winograd_cycles(plan);
-  if (plan.winograd_r != 0 && winograd < plan.cycles) {
-    best = Algorithm::winograd;
-    plan.cycles = winograd;
+  if (plan.algorithm == Algorithm::split) {
+    plan.split = split_for(options.threads);
+  } else if (plan.packs_source()) {
+    plan.transform = cut_for_threads(plan.transform, query, options.threads);
   }
-  const double split = split_cycles(plan, exact);
-  if (plan.split.terms != 0 && split < plan.cycles) {
-    best = Algorithm::split;
-    plan.cycles = split;
-  }
-  if (best != Algorithm::winograd) plan.winograd_r = 0;
-  plan.algorithm = best;
 }
 
 double tensor_bytes(const ConvProblem& problem, DType dtype) {
@@ -292,31 +284,6 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   plan.k_chunk = plan.block_m;
 }
 
-void plan_winograd(Plan& plan, int64_t edge) {
-  const int64_t n = kWinogradM + edge - 1;
-  plan.winograd_m = kWinogradM;
-  plan.winograd_r = edge;
-  const int64_t panels = static_cast<int64_t>(plan.panels.size());
-  plan.panels_per_task = std::clamp(kWinogradColumns / plan.panels.front().nr, int64_t{1}, panels);
-  const int64_t columns = std::min(kWinogradColumns, plan.padded_columns());
-  const int64_t tile_bytes = n * n * (plan.depth() + columns) * 4;
-  int64_t most_tiles = 1;
-  int64_t blocks = 0;
-  for (const Phase& phase : plan.phases) {
-    most_tiles =
-        std::max(most_tiles, plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM));
-  }
-  plan.block_m = std::clamp(kWinogradBytes / tile_bytes / kRowMultiple * kRowMultiple, kRowMultiple, 4 * kRowMultiple);
-  // Filters that do not fit in L2 are read once per block: then fewer, larger blocks.
-  if (n * n * plan.depth() * plan.padded_columns() * 4 > kWinogradFilterBytes) plan.block_m = 4 * kRowMultiple;
-  plan.block_m = std::min(plan.block_m, round_up(most_tiles, kRowMultiple));
-  for (const Phase& phase : plan.phases) {
-    blocks +=
-        ceil_div(plan.problem.n * ceil_div(phase.rows, kWinogradM) * ceil_div(phase.cols, kWinogradM), plan.block_m);
-  }
-  plan.splits = std::clamp(kMinTasks / std::max<int64_t>(blocks * plan.gemm_groups(), 1), int64_t{1}, panels);
-}
-
 }  // namespace
 
 const char* algorithm_name(Algorithm algorithm) {
@@ -327,12 +294,33 @@ const char* algorithm_name(Algorithm algorithm) {
       return "split";
     case Algorithm::winograd:
       return "winograd";
+    case Algorithm::fourier:
+      return "fourier";
     case Algorithm::gathered:
       return "gathered";
     case Algorithm::igemm:
       return "igemm";
   }
   return "unknown";
+}
+
+Precision parse_precision(const std::string& name) {
+  if (name == "exact") return Precision::exact;
+  if (name == "highest") return Precision::highest;
+  if (name == "high") return Precision::high;
+  if (name == "medium") return Precision::medium;
+  throw std::invalid_argument("precision must be exact, highest, high or medium, got '" + name + "'");
+}
+
+std::optional<Algorithm> parse_algorithm(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  std::string valid;
+  for (const Algorithm algorithm : {Algorithm::depthwise, Algorithm::split, Algorithm::winograd, Algorithm::fourier,
+                                    Algorithm::gathered, Algorithm::igemm}) {
+    if (name == algorithm_name(algorithm)) return algorithm;
+    valid += valid.empty() ? algorithm_name(algorithm) : std::string(", ") + algorithm_name(algorithm);
+  }
+  throw std::invalid_argument("algorithm must be one of " + valid + ", got '" + name + "'");
 }
 
 const char* pass_name(Pass pass) { return pass == Pass::fprop ? "fprop" : pass == Pass::dgrad ? "dgrad" : "wgrad"; }
@@ -347,9 +335,13 @@ int64_t Plan::depth() const {
   return pass == Pass::fprop ? problem.c_per_group() : problem.k_per_group();
 }
 
-int64_t Plan::padded_columns() const { return panels.empty() ? 0 : panels.back().column + panels.back().nr; }
+int64_t Plan::padded_columns() const {
+  if (algorithm == Algorithm::split) return split.panels * 2 * kTileColumns;
+  if (packs_source()) return transform.panels * transform.panel_columns;
+  return panels.empty() ? 0 : panels.back().column + panels.back().nr;
+}
 
-Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool exact) {
+Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, const PlanOptions& options) {
   Plan plan{};
   plan.problem = problem;
   plan.pass = pass;
@@ -360,10 +352,11 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool
   } else {
     plan.phases = {fprop_phase(problem)};
   }
+  for (Phase& phase : plan.phases) sort_taps(phase.taps);
   const bool wide = dtype == DType::float64;
   const int64_t element = wide ? 8 : 4;
   const Widths widths = wide ? gemm_widths<double>(isa) : gemm_widths<float>(isa);
-  choose_algorithm(plan, widths, exact);
+  choose_algorithm(plan, widths, options);
   if (pass == Pass::wgrad && plan.algorithm == Algorithm::split) {
     plan.block_m = plan.split_wgrad.images * plan.split_wgrad.rows * problem.q;
     plan.k_chunk = plan.block_m;
@@ -374,28 +367,16 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool
     if (plan.algorithm == Algorithm::split) {
       plan.block_m = plan.split.images * plan.split.rows * plan.split.planes.cols;
       plan.k_chunk = plan.split.chunk_blocks * plan.split.unit;
+    } else if (plan.packs_source()) {
+      plan.block_m = plan.transform.tiles;
+      plan.k_chunk = plan.depth();
     } else {
       plan_gather_passes(plan, widths, element);
     }
-    if (plan.algorithm == Algorithm::winograd) plan_winograd(plan, plan.winograd_r);
   }
   plan.flops = problem.flops();
   plan.bytes = tensor_bytes(problem, dtype);
   return plan;
-}
-
-int64_t split_terms(DType dtype) {
-  switch (dtype) {
-    case DType::bfloat16:
-      return 1;
-    case DType::float16:
-      return 2;
-    case DType::float32:
-      return 3;
-    case DType::float64:
-      return 0;
-  }
-  return 0;
 }
 
 std::string Plan::str() const {
@@ -403,8 +384,10 @@ std::string Plan::str() const {
   out << pass_name(pass) << ' ' << algorithm_name(algorithm) << ' ' << dtype_name(dtype) << ' ' << isa_name(isa)
       << " phases=" << phases.size() << " panels=" << panels.size();
   if (!panels.empty()) out << 'x' << panels.front().nr;
-  if (winograd_r != 0) {
-    out << " F(" << winograd_m << 'x' << winograd_m << ',' << winograd_r << 'x' << winograd_r << ')';
+  if (algorithm == Algorithm::winograd || algorithm == Algorithm::fourier) {
+    out << (algorithm == Algorithm::winograd ? " F(" : " DFT(") << transform.m << 'x' << transform.m << ','
+        << transform.r << 'x' << transform.r << ") terms=" << transform.terms << " group=" << transform.group_panels
+        << 'x' << transform.panel_columns << " columns/" << transform.column_splits;
   }
   if (algorithm == Algorithm::split && pass == Pass::wgrad) {
     out << " terms=" << split_wgrad.terms << " inner=" << split_wgrad.inner << " images=" << split_wgrad.images

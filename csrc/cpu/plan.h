@@ -3,6 +3,7 @@
 // running.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "cpu_features.h"
 #include "dtype.h"
 #include "split_plan.h"
+#include "transform_plan.h"
 
 namespace segpose {
 
@@ -19,6 +21,7 @@ enum class Algorithm {
   depthwise,  // one channel per group on both sides: vectors over channels, no GEMM
   split,      // GEMM on AMX tiles of bfloat16, of one to three terms a value
   winograd,   // dense 3 x 3 or 2 x 2 taps at unit stride: F(4 x 4, r x r) tiles, 4 or 2.56 times fewer multiplications
+  fourier,    // larger dense squares: n x n tiles
   gathered,   // few channels: copy each pixel's taps into one row, then GEMM over taps * channels
   igemm,      // implicit GEMM through row pointers; supports everything
 };
@@ -47,9 +50,8 @@ struct Plan {
   int64_t panels_per_task;    // fprop and dgrad
   bool phases_together;       // fprop and dgrad: the phases of a block run one after the other
   int64_t k_block;            // wgrad: filters a task owns
-  int64_t splits;             // wgrad: pieces of the pixel reduction, added in order; winograd: pieces of the columns
-  int64_t winograd_m;         // outputs and taps of a tile along one axis; block_m counts tiles then
-  int64_t winograd_r;
+  int64_t splits;             // wgrad: pieces of the pixel reduction, added in order
+  TransformPlan transform;    // winograd and fourier, whose block_m counts tiles
   SplitPlan split;
   SplitWgradPlan split_wgrad;
   double cycles;  // predicted, of one core
@@ -64,15 +66,30 @@ struct Plan {
   int64_t padded_columns() const;  // whole panels
 
   // Reads its source through packing, which converts and masks on the way.
-  bool packs_source() const { return algorithm == Algorithm::split; }
+  bool packs_source() const {
+    return algorithm == Algorithm::split || algorithm == Algorithm::winograd || algorithm == Algorithm::fourier;
+  }
 
   std::string str() const;
 };
 
-// Terms of a bfloat16 split that hold a dtype: 0 where no split does.
-int64_t split_terms(DType dtype);
+// How much of a value the products of float32 and float16 keep.
+//   exact    direct sums in float32 only: NaN and infinity reach the outputs that see them and no other
+//   highest  any algorithm whose relative L2 error stays below 1e-5 (float32)
+//   high     float32 as two bfloat16 terms: 16 bits of significand
+//   medium   float32 as bfloat16
+enum class Precision { exact, highest, high, medium };
 
-// `exact` leaves only direct sums in float32 or wider (bfloat16 products are exact).
-Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, bool exact = false);
+struct PlanOptions {
+  Precision precision = Precision::highest;
+  std::optional<Algorithm> algorithm = std::nullopt;  // taken where it supports the problem
+  int64_t threads = 1;                                // decides how the work is cut, never what is computed
+};
+
+// By name; an empty algorithm is none. Throw std::invalid_argument with the valid names.
+Precision parse_precision(const std::string& name);
+std::optional<Algorithm> parse_algorithm(const std::string& name);
+
+Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, const PlanOptions& options = {});
 
 }  // namespace segpose

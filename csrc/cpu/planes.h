@@ -27,10 +27,10 @@ struct Planes {
   int64_t istep_h = 1, istep_w = 1;
   std::vector<Residue> residues;
   int64_t first_h = 0, first_w = 0;
-  int64_t span_h = 0, span_w = 0;            // largest dh and dw
-  int64_t cols = 0;                          // destination columns
-  int64_t pitch = 0;                         // pixels from one row of a plane to the next
-  std::vector<std::vector<PlaneTap>> taps;   // [phase][tap]
+  int64_t span_h = 0, span_w = 0;           // largest dh and dw
+  int64_t cols = 0;                         // destination columns
+  int64_t pitch = 0;                        // pixels from one row of a plane to the next
+  std::vector<std::vector<PlaneTap>> taps;  // [phase][tap]
 
   // The source row or column of a plane's row or column, which may lie outside of the source.
   int64_t source_h(const Residue& residue, int64_t row) const { return (row + first_h) * istep_h + residue.h; }

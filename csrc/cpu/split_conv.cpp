@@ -229,6 +229,8 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
   args.a_row = split.row_tiles == RowTiles::images ? layout.image : layout.pixel;
   args.a_term = layout.term;
   args.a_block = layout.block;
+  args.out_row_tile = tiles * kTileFloats;
+  args.out_column_tile = kTileFloats;
   args.b_block = steps * launch.layout->step_bytes(plan, panel);
   const char* filter = launch.packed + launch.layout->panel_offset(plan, phase, block.group, panel);
   for (int64_t chunk = 0; chunk < split.channel_blocks; chunk += split.chunk_blocks) {

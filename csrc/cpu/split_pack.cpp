@@ -135,19 +135,6 @@ int64_t SplitFilter::panel_offset(const Plan& plan, int64_t phase, int64_t group
   return phase_offsets_[static_cast<size_t>(phase)] + (group * tiles + 2 * panel) * column_tile;
 }
 
-int64_t split_bias_size(const Plan& plan) { return plan.problem.groups * plan.split.panels * 32; }
-
-void pack_split_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, float* packed) {
-  const int64_t columns = plan.columns();
-  const int64_t padded = plan.split.panels * 32;
-  for (int64_t group = 0; group < plan.problem.groups; ++group) {
-    for (int64_t j = 0; j < padded; ++j) {
-      packed[group * padded + j] =
-          j < columns ? load_element<float>(bias, dtype, (group * columns + j) * stride) : 0.0f;
-    }
-  }
-}
-
 void pack_split_filter(const Plan& plan, const SplitFilter& layout, const FilterView& filter, char* packed,
                        const Executor& executor) {
   const SplitPlan& split = plan.split;
@@ -176,8 +163,8 @@ void pack_split_filter(const Plan& plan, const SplitFilter& layout, const Filter
           std::memset(matrix, 0, sizeof(matrix));
           for (const auto& [pixel, t] : steps[static_cast<size_t>(i)].taps) {
             const Tap& tap = taps[static_cast<size_t>(t)];
-            const int64_t start = group * strides.group + column * strides.column +
-                                  block * split.unit * strides.from + tap.r * filter.stride_r + tap.s * filter.stride_s;
+            const int64_t start = group * strides.group + column * strides.column + block * split.unit * strides.from +
+                                  tap.r * filter.stride_r + tap.s * filter.stride_s;
             kernels.gather_matrix(filter.dtype, filter.data, start, strides.from, strides.column, depth, columns,
                                   matrix + pixel * split.unit * kTileColumns);
           }

@@ -61,10 +61,6 @@ class SplitFilter {
   int64_t size_ = 0;
 };
 
-// The bias of every group, padded to whole panels: [group][panels * 32].
-int64_t split_bias_size(const Plan& plan);
-void pack_split_bias(const Plan& plan, const void* bias, DType dtype, int64_t stride, float* packed);
-
 void pack_split_filter(const Plan& plan, const SplitFilter& layout, const FilterView& filter, char* packed,
                        const Executor& executor);
 

@@ -14,8 +14,8 @@ constexpr int64_t kImagesSourceBytes = 1536 << 10;
 constexpr int64_t kFilterChunkBytes = 512 << 10;
 // Positions of a wgrad block: 32 filters and 32 channels of it, in three terms, take 1.5 MB of L2.
 constexpr int64_t kWgradPositions = 4096;
-// Fewer tasks leave threads idle; fewer pixels to a block read the filter too often.
-constexpr int64_t kMinTasks = 8;
+// Tasks to a thread, so that none idles for long; fewer pixels to a block read the filter too often.
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinPixels = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,7 +63,8 @@ double count_tiles(const ConvProblem& problem, const std::vector<Phase>& phases,
 }  // namespace
 
 SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>& phases, int64_t columns,
-                            int64_t depth, int64_t source_w, int64_t terms) {
+                            int64_t depth, int64_t source_w, int64_t terms, int64_t threads) {
+  const int64_t least_tasks = threads > 1 ? kTasksPerThread * threads : 1;
   SplitPlan plan;
   plan.terms = terms;
   plan.planes = plan_planes(phases, source_w);
@@ -89,8 +90,9 @@ SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>
   }
   const auto blocks = [&] { return ceil_div(problem.n, plan.images) * ceil_div(rows, plan.rows) * problem.groups; };
   const auto pixels = [&] { return plan.images * plan.rows * plan.planes.cols; };
-  while (blocks() < kMinTasks && plan.images > 1 && pixels() >= 2 * kMinPixels) plan.images = ceil_div(plan.images, 2);
-  while (blocks() < kMinTasks && plan.rows > 1 && pixels() >= 2 * kMinPixels) cut_rows(ceil_div(plan.rows, 2));
+  while (blocks() < least_tasks && plan.images > 1 && pixels() >= 2 * kMinPixels)
+    plan.images = ceil_div(plan.images, 2);
+  while (blocks() < least_tasks && plan.rows > 1 && pixels() >= 2 * kMinPixels) cut_rows(ceil_div(plan.rows, 2));
   plan.row_tiles = RowTiles::columns;
   double tiles = count_tiles(problem, phases, plan, RowTiles::columns);
   const double line = count_tiles(problem, phases, plan, RowTiles::line);
@@ -103,9 +105,9 @@ SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>
     plan.row_tiles = RowTiles::images;
     plan.rows = rows;
     plan.images = kTileRows;
-    while (blocks() > 2 * kMinTasks && 2 * plan.images * image_bytes <= kImagesSourceBytes) plan.images *= 2;
+    while (blocks() > 2 * least_tasks && 2 * plan.images * image_bytes <= kImagesSourceBytes) plan.images *= 2;
   }
-  plan.column_splits = std::clamp(kMinTasks / std::max<int64_t>(blocks(), 1), int64_t{1}, plan.panels);
+  plan.column_splits = std::clamp(least_tasks / std::max<int64_t>(blocks(), 1), int64_t{1}, plan.panels);
   const int64_t block_bytes = most_steps * terms * 2 * kTileBytes;
   plan.chunk_blocks = std::clamp(kFilterChunkBytes / block_bytes, int64_t{1}, plan.channel_blocks);
   plan.chunk_blocks = ceil_div(plan.channel_blocks, ceil_div(plan.channel_blocks, plan.chunk_blocks));
@@ -113,8 +115,7 @@ SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>
     const double share = count_tiles(problem, {phases[p]}, plan, plan.row_tiles);
     plan.steps_issued += share * static_cast<double>(plan.steps[p].size() * static_cast<size_t>(plan.channel_blocks));
   }
-  plan.steps_issued *=
-      static_cast<double>(ceil_div(columns, kTileColumns) * problem.groups * split_products(terms));
+  plan.steps_issued *= static_cast<double>(ceil_div(columns, kTileColumns) * problem.groups * split_products(terms));
   return plan;
 }
 
@@ -141,8 +142,8 @@ SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, 
   const double blocks = static_cast<double>(ceil_div(problem.n, plan.images) * ceil_div(problem.p, plan.rows));
   const double steps = static_cast<double>(ceil_div(
       ((plan.images / plan.inner - 1) * plan.height() + plan.rows) * plan.planes.pitch * plan.inner, kTileDepth));
-  const double tiles = static_cast<double>(
-      ceil_div(plan.grad_tiles * problem.taps(), 2) * 2 * ceil_div(problem.c_per_group(), kTileColumns));
+  const double tiles = static_cast<double>(ceil_div(plan.grad_tiles * problem.taps(), 2) * 2 *
+                                           ceil_div(problem.c_per_group(), kTileColumns));
   plan.steps_issued = blocks * steps * tiles * static_cast<double>(problem.groups * split_products(terms));
   return plan;
 }

@@ -19,8 +19,8 @@ enum class RowTiles {
   images,   // the same pixel of 16 images: taps that only read padding are skipped
 };
 
-// A step of gemm_k: 32 values that start at a pixel of a plane. With a whole block of channels to a pixel they belong to
-// one tap; with fewer channels, neighbouring pixels complete them, and those may be taps too.
+// A step of gemm_k: 32 values that start at a pixel of a plane. With a whole block of channels to a pixel they belong
+// to one tap; with fewer channels, neighbouring pixels complete them, and those may be taps too.
 struct PlaneStep {
   PlaneTap at;
   std::vector<std::pair<int64_t, int64_t>> taps;  // (pixel within the step, tap of the phase)
@@ -66,6 +66,6 @@ SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, 
 
 // fprop and dgrad. `columns` and `depth` are those of one group.
 SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>& phases, int64_t columns,
-                            int64_t depth, int64_t source_w, int64_t terms);
+                            int64_t depth, int64_t source_w, int64_t terms, int64_t threads);
 
 }  // namespace segpose

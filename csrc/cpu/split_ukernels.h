@@ -14,11 +14,11 @@
 
 namespace segpose {
 
-constexpr int kTileRows = 16;       // rows of A and of C in a tile
-constexpr int kTileColumns = 16;    // columns of B and of C in a tile
-constexpr int kTileDepth = 32;      // gemm_k of a step: one row of A, 16 pairs of rows of B
-constexpr int kTileBytes = 1024;    // of an operand tile
-constexpr int kTileFloats = 256;    // of an accumulator tile
+constexpr int kTileRows = 16;     // rows of A and of C in a tile
+constexpr int kTileColumns = 16;  // columns of B and of C in a tile
+constexpr int kTileDepth = 32;    // gemm_k of a step: one row of A, 16 pairs of rows of B
+constexpr int kTileBytes = 1024;  // of an operand tile
+constexpr int kTileFloats = 256;  // of an accumulator tile
 constexpr int kMaxTerms = 3;
 constexpr int kMaxRowTiles = 4;
 
@@ -27,7 +27,7 @@ struct SplitStep {
   int32_t a, b;
 };
 
-// out[row tile][column tile][16][16] = in + sum over blocks and steps of A * B.
+// out = in + sum over blocks and steps of A * B.
 struct SplitGemmArgs {
   const char* a[kMaxRowTiles];  // first row of each row tile
   int64_t a_row;                // bytes from one row of A to the next
@@ -36,8 +36,9 @@ struct SplitGemmArgs {
   const SplitStep* steps;
   int64_t count;
   int64_t blocks, a_block, b_block;  // the steps are repeated for every block, so many bytes apart
-  const float* in;                   // sums so far, or null
+  const float* in;                   // sums so far, or null; tiles lie as those of `out` do
   float* out;
+  int64_t out_row_tile, out_column_tile;  // elements from one tile of [16][16] to the next
 };
 
 // Row tiles and column tiles of one call. Four accumulators hide the latency of a tile product.
@@ -48,9 +49,9 @@ struct SplitShape {
 
 // Writes 16 rows of accumulators with bias and activation.
 struct SplitStoreArgs {
-  const float* tiles;      // [column tile][16][16]
-  int64_t columns;         // valid columns
-  const float* bias;       // [column tiles * 16], or null
+  const float* tiles;  // [column tile][16][16]
+  int64_t columns;     // valid columns
+  const float* bias;   // [column tiles * 16], or null
   Activation activation;
   float negative_slope;
   DType dtype;
@@ -87,6 +88,6 @@ struct SplitUkernels {
 const SplitUkernels* split_ukernels(Isa isa);
 
 // Tile products of a step.
-inline int64_t split_products(int64_t terms) { return terms * (terms + 1) / 2; }
+constexpr int64_t split_products(int64_t terms) { return terms * (terms + 1) / 2; }
 
 }  // namespace segpose

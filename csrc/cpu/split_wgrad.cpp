@@ -103,9 +103,10 @@ struct Buffers {
     sums = arena.take<float>(static_cast<int64_t>(calls) * kMaxRowTiles * kTileFloats);
     const TensorView& g = pass.grad.view;
     const TensorView& x = pass.activation.view;
-    const int64_t source_rows_count = std::min(x.h, (split.rows - 1 + split.planes.span_h) * split.planes.istep_h +
-                                                        split.planes.istep_h);
-    grad_rows = Side{pass.grad, nullptr}.in_place() ? nullptr : arena.take<float>(split.images * split.rows * g.w * g.c);
+    const int64_t source_rows_count =
+        std::min(x.h, (split.rows - 1 + split.planes.span_h) * split.planes.istep_h + split.planes.istep_h);
+    grad_rows =
+        Side{pass.grad, nullptr}.in_place() ? nullptr : arena.take<float>(split.images * split.rows * g.w * g.c);
     source_rows = Side{pass.activation, nullptr}.in_place()
                       ? nullptr
                       : arena.take<float>(split.images * source_rows_count * x.w * x.c);
@@ -123,8 +124,7 @@ struct Pixels {
   int64_t stride_n, stride_h, stride_w;
 
   const void* at(int64_t n, int64_t h, int64_t w) const {
-    return data +
-           ((n - first_image) * stride_n + (h - first_row) * stride_h + w * stride_w) * dtype_size(dtype);
+    return data + ((n - first_image) * stride_n + (h - first_row) * stride_h + w * stride_w) * dtype_size(dtype);
   }
 };
 
@@ -141,8 +141,8 @@ Pixels pixels_of(const Plan& plan, const MaskedSource& source, const Block& bloc
     load_source_row(kernels, source, block.first_image + task / rows, first_row + task % rows, temporary);
     std::copy_n(temporary, size, staged + task * size);
   });
-  return {reinterpret_cast<const char*>(staged), DType::float32, block.first_image, first_row, rows * size, size,
-          view.c};
+  return {
+      reinterpret_cast<const char*>(staged), DType::float32, block.first_image, first_row, rows * size, size, view.c};
 }
 
 // Coordinates of a position of the line.
@@ -221,8 +221,10 @@ void multiply(const Plan& plan, const Layout& layout, const Block& block, const 
   const SplitUkernels& kernels = *split_ukernels(plan.isa);
   const std::vector<PlaneTap>& taps = split.planes.taps.front();
   // Positions of the gradient that are not zero.
-  const int64_t used = (((ceil_div(block.images, split.inner) - 1) * split.height() + block.rows - 1) *
-                            split.planes.pitch + plan.problem.q) * split.inner;
+  const int64_t used =
+      (((ceil_div(block.images, split.inner) - 1) * split.height() + block.rows - 1) * split.planes.pitch +
+       plan.problem.q) *
+      split.inner;
   for_each_task(executor, static_cast<int64_t>(calls.size()), [&](int64_t task, int64_t) {
     const Call& call = calls[static_cast<size_t>(task)];
     const int64_t tiles = panel_tiles(plan, call.panel);
@@ -249,6 +251,8 @@ void multiply(const Plan& plan, const Layout& layout, const Block& block, const 
     args.b_block = step_bytes;
     for (int t = 0; t < shape.row_tiles; ++t) args.a[t] += begin * args.a_block;
     args.b += begin * args.b_block;
+    args.out_row_tile = tiles * kTileFloats;
+    args.out_column_tile = kTileFloats;
     args.out = buffers.sums + task * kMaxRowTiles * kTileFloats;
     args.in = first ? nullptr : args.out;
     kernels.begin();
@@ -311,14 +315,14 @@ void run_split_wgrad(const WgradPass& pass, void* workspace, const Executor& exe
       for (int64_t row = 0; row < problem.p; row += split.rows) {
         const Block block{group, image, std::min(split.images, problem.n - image), row,
                           std::min(split.rows, problem.p - row)};
-        const Pixels grad = pixels_of(plan, pass.grad, block, block.first_row, block.rows, buffers.grad_rows,
-                                      buffers.row, executor);
+        const Pixels grad =
+            pixels_of(plan, pass.grad, block, block.first_row, block.rows, buffers.grad_rows, buffers.row, executor);
         const int64_t source_begin = std::max<int64_t>((row + planes.first_h) * planes.istep_h, 0);
         const int64_t source_end =
             std::min((row + block.rows + planes.span_h + planes.first_h) * planes.istep_h, problem.h);
-        const Pixels source = pixels_of(plan, pass.activation, block, source_begin,
-                                        std::max<int64_t>(source_end - source_begin, 0), buffers.source_rows,
-                                        buffers.row, executor);
+        const Pixels source =
+            pixels_of(plan, pass.activation, block, source_begin, std::max<int64_t>(source_end - source_begin, 0),
+                      buffers.source_rows, buffers.row, executor);
         pack_grad(plan, layout, block, grad, buffers.zeros, buffers.grad, executor);
         pack_source(plan, layout, block, source, buffers.zeros, buffers.source, executor);
         multiply(plan, layout, block, calls, buffers, first, executor);

@@ -6,7 +6,7 @@
 #define SEGPOSE_INLINE __attribute__((always_inline)) inline
 // Accumulators must become registers: every loop over a register tile is unrolled whole.
 #define SEGPOSE_UNROLL _Pragma("GCC unroll 16")
-#define SEGPOSE_UNROLL_TILE _Pragma("GCC unroll 36")
+#define SEGPOSE_KEEP_LOOP _Pragma("GCC unroll 1")
 
 template <class T>
 struct Simd {

@@ -77,23 +77,9 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
-// Tile transforms of Winograd F(m x m, r x r), n = m + r - 1.
-template <class T>
-struct WinogradCodelets {
-  int m;
-  int r;
-  void (*input)(const T* const* rows, int64_t channels, T* v, int64_t step);
-  void (*filter)(const T* w, int64_t tap_step, int64_t columns, T* u, int64_t step);
-  void (*output)(const T* m, int64_t step, int64_t columns, const Epilogue& epilogue, const T* bias, T* const* out);
-
-  int n() const { return m + r - 1; }
-};
-
 constexpr int kMaxGemmTiles = 3;
 constexpr int kMaxWgradTiles = 12;
 constexpr int kDepthwiseRows = 4;
-constexpr int kWinogradVariants = 2;
-constexpr int kWinogradMaxN = 6;
 
 template <class T>
 struct Ukernels {
@@ -109,7 +95,6 @@ struct Ukernels {
   // g <- gradient through the activation, by the sign of its output y.
   void (*mask_row)(Activation activation, T negative_slope, const T* y, int64_t count, T* g);
   void (*add_row)(const T* row, int64_t count, T* sum);
-  WinogradCodelets<T> winograd[kWinogradVariants];
 };
 
 template <class T>

@@ -12,10 +12,7 @@
 #pragma GCC target("avx2,fma,f16c")
 namespace segpose::avx2 {
 
-// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
-#include "winograd-inl.h"
-// clang-format on
 
 // 12 accumulators, 2 vectors of B and one broadcast use 15 of the 16 registers.
 template <class T>
@@ -31,8 +28,7 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_row<T>,
-          add_row<T>,
-          {winograd_entry<T, F43>(), winograd_entry<T, F42>()}};
+          add_row<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

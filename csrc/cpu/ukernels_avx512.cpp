@@ -12,10 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace segpose::avx512 {
 
-// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
-#include "winograd-inl.h"
-// clang-format on
 
 // 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
 // registers.
@@ -33,8 +30,7 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_row<T>,
-          add_row<T>,
-          {winograd_entry<T, F43>(), winograd_entry<T, F42>()}};
+          add_row<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

@@ -8,10 +8,7 @@
 namespace segpose {
 namespace generic {
 
-// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
-#include "winograd-inl.h"
-// clang-format on
 
 template <class T>
 constexpr Ukernels<T> table() {
@@ -26,8 +23,7 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_row<T>,
-          add_row<T>,
-          {winograd_entry<T, F43>(), winograd_entry<T, F42>()}};
+          add_row<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

@@ -1,140 +1,206 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Winograd tile transforms F(4x4, 3x3) and F(4x4, 2x2), written once for every instruction set; included like
-// ukernels-inl.h. Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (arXiv
-// 1509.09308).
-//
-//   y = A^T [ (G g G^T) * (B^T d B) ] A      d: n x n inputs, g: r x r filter, y: m x m outputs, n = m + r - 1
+// Winograd transforms F(4, 3) and F(4, 2) of one axis, and the two-dimensional codelets made of them. Included like
+// ukernels-inl.h, after it. Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015
+// (arXiv 1509.09308).
 
-// Interpolation points 0, 1, -1, 2, -2 and infinity: the transforms are small integers and fractions, and the relative
-// error of a layer stays below 5e-6 in float32.
+// Interpolation points 0, 1, -1, 2, -2 and infinity: small integers and fractions keep the relative error of a layer
+// below 5e-6 in float32.
 struct F43 {
   static constexpr int kM = 4, kR = 3, kN = 6;
-  static constexpr double kInput[kN][kN] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
-                                            {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
-  static constexpr double kFilter[kN][kR] = {{1. / 4, 0, 0},
-                                             {-1. / 6, -1. / 6, -1. / 6},
-                                             {-1. / 6, 1. / 6, -1. / 6},
-                                             {1. / 24, 1. / 12, 1. / 6},
-                                             {1. / 24, -1. / 12, 1. / 6},
-                                             {0, 0, 1}};
-  static constexpr double kOutput[kM][kN] = {
-      {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+
+  template <class V>
+  SEGPOSE_INLINE static void input(const V (&d)[kN], V (&o)[kN]) {
+    const V even1 = d[4] - 4 * d[2];
+    const V odd1 = d[3] - 4 * d[1];
+    const V even2 = d[4] - d[2];
+    const V odd2 = 2 * (d[3] - d[1]);
+    o[0] = 4 * d[0] - 5 * d[2] + d[4];
+    o[1] = even1 + odd1;
+    o[2] = even1 - odd1;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+    o[5] = 4 * d[1] - 5 * d[3] + d[5];
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void filter(const V (&g)[kR], V (&o)[kN]) {
+    const V even1 = (g[0] + g[2]) * (-1.f / 6);
+    const V odd1 = g[1] * (1.f / 6);
+    const V even2 = (g[0] + 4 * g[2]) * (1.f / 24);
+    const V odd2 = g[1] * (1.f / 12);
+    o[0] = g[0] * 0.25f;
+    o[1] = even1 - odd1;
+    o[2] = even1 + odd1;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+    o[5] = g[2];
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void output(const V (&p)[kN], V (&o)[kM]) {
+    const V even1 = p[1] + p[2];
+    const V odd1 = p[1] - p[2];
+    const V even2 = p[3] + p[4];
+    const V odd2 = p[3] - p[4];
+    o[0] = p[0] + even1 + even2;
+    o[1] = odd1 + 2 * odd2;
+    o[2] = even1 + 4 * even2;
+    o[3] = odd1 + 8 * odd2 + p[5];
+  }
 };
 
 // Points 0, 1, -1, 2 and infinity.
 struct F42 {
   static constexpr int kM = 4, kR = 2, kN = 5;
-  static constexpr double kInput[kN][kN] = {
-      {2, -1, -2, 1, 0}, {0, -2, -1, 1, 0}, {0, 2, -3, 1, 0}, {0, -1, 0, 1, 0}, {0, 2, -1, -2, 1}};
-  static constexpr double kFilter[kN][kR] = {
-      {1. / 2, 0}, {-1. / 2, -1. / 2}, {-1. / 6, 1. / 6}, {1. / 6, 1. / 3}, {0, 1}};
-  static constexpr double kOutput[kM][kN] = {{1, 1, 1, 1, 0}, {0, 1, -1, 2, 0}, {0, 1, 1, 4, 0}, {0, 1, -1, 8, 1}};
+
+  template <class V>
+  SEGPOSE_INLINE static void input(const V (&d)[kN], V (&o)[kN]) {
+    const V odd = d[3] - d[1];
+    o[0] = 2 * (d[0] - d[2]) + odd;
+    o[1] = d[3] - d[2] - 2 * d[1];
+    o[2] = d[3] - 3 * d[2] + 2 * d[1];
+    o[3] = odd;
+    o[4] = d[4] - d[2] - 2 * odd;
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void filter(const V (&g)[kR], V (&o)[kN]) {
+    o[0] = g[0] * 0.5f;
+    o[1] = (g[0] + g[1]) * -0.5f;
+    o[2] = (g[1] - g[0]) * (1.f / 6);
+    o[3] = (g[0] + 2 * g[1]) * (1.f / 6);
+    o[4] = g[1];
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void output(const V (&p)[kN], V (&o)[kM]) {
+    const V even = p[1] + p[2];
+    const V odd = p[1] - p[2];
+    o[0] = p[0] + even + p[3];
+    o[1] = odd + 2 * p[3];
+    o[2] = even + 4 * p[3];
+    o[3] = odd + 8 * p[3] + p[4];
+  }
 };
 
-// One row of a transform: sum over j of coefficient[j] * in[j * step]. The coefficients are constants, so zeros vanish.
-template <class T, int Columns>
-SEGPOSE_INLINE typename Simd<T>::Vector combine(const double (&coefficients)[Columns],
-                                                const typename Simd<T>::Vector* in, int step) {
-  typename Simd<T>::Vector sum = {};
-  bool first = true;
-  SEGPOSE_UNROLL
-  for (int j = 0; j < Columns; ++j) {
-    if (coefficients[j] == 0) continue;
-    const typename Simd<T>::Vector term = static_cast<T>(coefficients[j]) * in[j * step];
-    sum = first ? term : sum + term;
-    first = false;
-  }
-  return sum;
-}
-
-// out = M in M^T for a Rows x Columns matrix M.
-template <class T, int Rows, int Columns>
-SEGPOSE_INLINE void transform_2d(const double (&matrix)[Rows][Columns], const typename Simd<T>::Vector* in,
-                                 typename Simd<T>::Vector* out) {
-  typename Simd<T>::Vector half[Rows * Columns];
-  SEGPOSE_UNROLL
-  for (int j = 0; j < Columns; ++j) {
-    SEGPOSE_UNROLL
-    for (int i = 0; i < Rows; ++i) half[i * Columns + j] = combine<T>(matrix[i], in + j, Columns);
-  }
-  SEGPOSE_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    SEGPOSE_UNROLL
-    for (int j = 0; j < Rows; ++j) out[i * Rows + j] = combine<T>(matrix[j], half + i * Columns, 1);
-  }
-}
-
-template <class T>
-SEGPOSE_INLINE typename Simd<T>::Vector load_partial(const T* source, int64_t count) {
-  T lanes[Simd<T>::kLength] = {};
+SEGPOSE_INLINE Simd<float>::Vector load_lanes(const float* source, int64_t count) {
+  constexpr int kLength = Simd<float>::kLength;
+  if (count >= kLength) return load<float>(source);
+  float lanes[kLength] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = source[i];
-  return load<T>(lanes);
+  return load<float>(lanes);
 }
 
-// rows: n * n pixels of one tile, row by row. v[frequency * step + channel], whole vectors.
-template <class T, class F>
-void winograd_input(const T* const* rows, int64_t channels, T* v, int64_t step) {
-  constexpr int kLength = Simd<T>::kLength;
-  constexpr int kPixels = F::kN * F::kN;
-  for (int64_t channel = 0; channel < channels; channel += kLength) {
-    typename Simd<T>::Vector in[kPixels];
-    typename Simd<T>::Vector out[kPixels];
-    if (channels - channel >= kLength) {
-      SEGPOSE_UNROLL_TILE
-      for (int i = 0; i < kPixels; ++i) in[i] = load<T>(rows[i] + channel);
-    } else {
-      for (int i = 0; i < kPixels; ++i) in[i] = load_partial<T>(rows[i] + channel, channels - channel);
-    }
-    transform_2d<T>(F::kInput, in, out);
-    SEGPOSE_UNROLL_TILE
-    for (int i = 0; i < kPixels; ++i) store<T>(v + i * step + channel, out[i]);
+// Both axes, one after the other: the columns of a line's n x n inputs into `half`, whose rows the caller transforms.
+// The loops over columns and rows stay loops: unrolled, their values would spill.
+template <class F>
+SEGPOSE_INLINE void input_columns(const float* const* rows, int64_t pixel_step, int64_t channel, int64_t count,
+                                  Simd<float>::Vector (&half)[F::kN * F::kN]) {
+  using Vector = Simd<float>::Vector;
+  SEGPOSE_KEEP_LOOP
+  for (int j = 0; j < F::kN; ++j) {
+    Vector column[F::kN];
+    Vector result[F::kN];
+    SEGPOSE_UNROLL
+    for (int i = 0; i < F::kN; ++i) column[i] = load_lanes(rows[i] + channel + j * pixel_step, count);
+    F::input(column, result);
+    SEGPOSE_UNROLL
+    for (int i = 0; i < F::kN; ++i) half[i * F::kN + j] = result[i];
   }
 }
 
-// w[tap * tap_step + column] to u[frequency * step + column]; `columns` is a multiple of the vector length.
-template <class T, class F>
-void winograd_filter(const T* w, int64_t tap_step, int64_t columns, T* u, int64_t step) {
-  for (int64_t column = 0; column < columns; column += Simd<T>::kLength) {
-    typename Simd<T>::Vector in[F::kR * F::kR];
-    typename Simd<T>::Vector out[F::kN * F::kN];
-    SEGPOSE_UNROLL_TILE
-    for (int i = 0; i < F::kR * F::kR; ++i) in[i] = load<T>(w + i * tap_step + column);
-    transform_2d<T>(F::kFilter, in, out);
-    SEGPOSE_UNROLL_TILE
-    for (int i = 0; i < F::kN * F::kN; ++i) store<T>(u + i * step + column, out[i]);
-  }
-}
-
-// m[frequency * step + column] to the m * m pixels of a tile, with the epilogue; pixels outside the image are null.
-template <class T, class F>
-void winograd_output(const T* m, int64_t step, int64_t columns, const Epilogue& epilogue, const T* bias,
-                     T* const* out) {
-  constexpr int kLength = Simd<T>::kLength;
-  const T negative_slope = static_cast<T>(epilogue.negative_slope);
-  for (int64_t column = 0; column < columns; column += kLength) {
-    typename Simd<T>::Vector in[F::kN * F::kN];
-    typename Simd<T>::Vector pixels[F::kM * F::kM];
-    SEGPOSE_UNROLL_TILE
-    for (int i = 0; i < F::kN * F::kN; ++i) in[i] = load<T>(m + i * step + column);
-    transform_2d<T>(F::kOutput, in, pixels);
-    typename Simd<T>::Vector offset = {};
-    if (bias != nullptr) offset = load<T>(bias + column);
-    const int64_t valid = columns - column;
-    for (int i = 0; i < F::kM * F::kM; ++i) {
-      if (out[i] == nullptr) continue;
-      const typename Simd<T>::Vector value = activate<T>(pixels[i] + offset, epilogue.activation, negative_slope);
-      if (valid >= kLength) {
-        store<T>(out[i] + column, value);
-      } else {
-        T lanes[kLength];
-        store<T>(lanes, value);
-        for (int64_t lane = 0; lane < valid; ++lane) out[i][column + lane] = lanes[lane];
-      }
+template <class F>
+void winograd_input(const float* const* rows, int64_t pixel_step, int64_t channels, float* v, int64_t frequency_step,
+                    int64_t line_step) {
+  using Vector = Simd<float>::Vector;
+  for (int64_t channel = 0; channel < channels; channel += Simd<float>::kLength, v += line_step) {
+    Vector half[F::kN * F::kN];
+    input_columns<F>(rows, pixel_step, channel, channels - channel, half);
+    float* out = v;
+    SEGPOSE_KEEP_LOOP
+    for (int i = 0; i < F::kN; ++i) {
+      Vector row[F::kN];
+      Vector result[F::kN];
+      SEGPOSE_UNROLL
+      for (int j = 0; j < F::kN; ++j) row[j] = half[i * F::kN + j];
+      F::input(row, result);
+      SEGPOSE_UNROLL
+      for (int j = 0; j < F::kN; ++j, out += frequency_step) store<float>(out, result[j]);
     }
   }
 }
 
-template <class T, class F>
-constexpr WinogradCodelets<T> winograd_entry() {
-  return {F::kM, F::kR, winograd_input<T, F>, winograd_filter<T, F>, winograd_output<T, F>};
+// The columns of a line's r x r taps, `tap_step` apart.
+template <class F>
+SEGPOSE_INLINE void filter_columns(const float* w, int64_t tap_step, Simd<float>::Vector (&half)[F::kN * F::kR]) {
+  using Vector = Simd<float>::Vector;
+  SEGPOSE_KEEP_LOOP
+  for (int j = 0; j < F::kR; ++j) {
+    Vector column[F::kR];
+    Vector result[F::kN];
+    SEGPOSE_UNROLL
+    for (int i = 0; i < F::kR; ++i) column[i] = load<float>(w + (i * F::kR + j) * tap_step);
+    F::filter(column, result);
+    SEGPOSE_UNROLL
+    for (int i = 0; i < F::kN; ++i) half[i * F::kR + j] = result[i];
+  }
+}
+
+template <class F>
+void winograd_filter(const float* w, int64_t, int64_t tap_step, int64_t columns, float* u, int64_t frequency_step,
+                     int64_t line_step) {
+  using Vector = Simd<float>::Vector;
+  for (int64_t column = 0; column < columns; column += Simd<float>::kLength, u += line_step) {
+    Vector half[F::kN * F::kR];
+    filter_columns<F>(w + column, tap_step, half);
+    float* out = u;
+    SEGPOSE_KEEP_LOOP
+    for (int i = 0; i < F::kN; ++i) {
+      Vector row[F::kR];
+      Vector result[F::kN];
+      SEGPOSE_UNROLL
+      for (int j = 0; j < F::kR; ++j) row[j] = half[i * F::kR + j];
+      F::filter(row, result);
+      SEGPOSE_UNROLL
+      for (int j = 0; j < F::kN; ++j, out += frequency_step) store<float>(out, result[j]);
+    }
+  }
+}
+
+template <class F>
+void winograd_output(const float* p, int64_t, int64_t frequency_step, int64_t line_step, int64_t columns,
+                     const Epilogue& epilogue, const float* bias, float* const* out) {
+  using Vector = Simd<float>::Vector;
+  constexpr int kLength = Simd<float>::kLength;
+  const float negative_slope = static_cast<float>(epilogue.negative_slope);
+  for (int64_t column = 0; column < columns; column += kLength, p += line_step) {
+    Vector half[F::kM * F::kN];
+    SEGPOSE_KEEP_LOOP
+    for (int j = 0; j < F::kN; ++j) {
+      Vector values[F::kN];
+      Vector result[F::kM];
+      SEGPOSE_UNROLL
+      for (int i = 0; i < F::kN; ++i) values[i] = load<float>(p + (i * F::kN + j) * frequency_step);
+      F::output(values, result);
+      SEGPOSE_UNROLL
+      for (int i = 0; i < F::kM; ++i) half[i * F::kN + j] = result[i];
+    }
+    Vector offset = {};
+    if (bias != nullptr) offset = load<float>(bias + column);
+    SEGPOSE_KEEP_LOOP
+    for (int i = 0; i < F::kM; ++i) {
+      Vector row[F::kN];
+      Vector pixels[F::kM];
+      SEGPOSE_UNROLL
+      for (int j = 0; j < F::kN; ++j) row[j] = half[i * F::kN + j];
+      F::output(row, pixels);
+      store_pixels<F::kM>(pixels, offset, epilogue.activation, negative_slope, columns - column, column,
+                          out + i * F::kM);
+    }
+  }
+}
+
+template <class F>
+constexpr TransformCodelets winograd_entry() {
+  return {F::kN, F::kR, F::kN * F::kN, 1, winograd_input<F>, winograd_filter<F>, winograd_output<F>};
 }

@@ -12,7 +12,26 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace segpose {
+
+// Bytes for kernels, in huge pages where the system grants them: transforms write a hundred streams at once, more than
+// the first-level TLB has entries for 4 KB pages.
+inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
+  torch::stable::Tensor tensor =
+      torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  const auto begin = (reinterpret_cast<int64_t>(tensor.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<int64_t>(tensor.data_ptr()) + bytes) / kHugePage * kHugePage;
+  // Advice only: without it the kernels are slower, not wrong.
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
 
 class WorkspacePool {
  public:
@@ -35,8 +54,7 @@ class WorkspacePool {
       return tensor;
     }
     if (!free_.empty()) free_.pop_back();
-    return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                                device);
+    return allocate_bytes(bytes, device);
   }
 
   void release(torch::stable::Tensor tensor) {

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// GEMM of one frequency and the pixel epilogue that the transforms share. Included like ukernels-inl.h, after it.
+
+// Pixels of one line with bias and activation, to where they belong: `Count` of them, or `count` where that is 0.
+template <int Count>
+SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<float>::Vector& bias,
+                                 Activation activation, float negative_slope, int64_t valid, int64_t column,
+                                 float* const* out, int64_t count = Count) {
+  constexpr int kLength = Simd<float>::kLength;
+  const int64_t end = Count > 0 ? Count : count;
+  SEGPOSE_UNROLL
+  for (int64_t i = 0; i < end; ++i) {
+    if (out[i] == nullptr) continue;
+    const Simd<float>::Vector value = activate<float>(pixels[i] + bias, activation, negative_slope);
+    if (valid >= kLength) {
+      store<float>(out[i] + column, value);
+    } else {
+      float lanes[kLength];
+      store<float>(lanes, value);
+      for (int64_t lane = 0; lane < valid; ++lane) out[i][column + lane] = lanes[lane];
+    }
+  }
+}
+
+template <int MR, int NV>
+void panel_gemm(const PanelArgs& args) {
+  constexpr int kLength = Simd<float>::kLength;
+  using Vector = Simd<float>::Vector;
+  Vector sums[MR][NV] = {};
+  const float* b = args.b;
+  const float* next = args.next;
+  const float* a = args.a;
+  for (int64_t depth = args.depth; depth > 0; depth -= kLength, a += args.a_line) {
+    const int64_t steps = depth < kLength ? depth : kLength;
+    for (int64_t step = 0; step < steps; ++step) {
+      Vector row[NV];
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        row[v] = load<float>(b + v * kLength);
+        __builtin_prefetch(next + v * kLength, 0, 2);
+      }
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const float value = a[m * kLength + step];
+        SEGPOSE_UNROLL
+        for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+      }
+      b += NV * kLength;
+      next += NV * kLength;
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) store<float>(args.out + v * args.out_line + m * kLength, sums[m][v]);
+  }
+}
+
+// (ar + i ai) (br + i bi), four multiply-adds.
+template <int MR>
+void panel_gemm_complex(const PanelArgs& args) {
+  constexpr int kLength = Simd<float>::kLength;
+  using Vector = Simd<float>::Vector;
+  Vector real[MR] = {};
+  Vector imaginary[MR] = {};
+  const float* b = args.b;
+  const float* next = args.next;
+  const float* a = args.a;
+  for (int64_t depth = args.depth; depth > 0; depth -= kLength, a += args.a_line) {
+    const int64_t steps = depth < kLength ? depth : kLength;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Vector br = load<float>(b);
+      const Vector bi = load<float>(b + kLength);
+      __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(next + kLength, 0, 2);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const float ar = a[m * 2 * kLength + step];
+        const float ai = a[(m * 2 + 1) * kLength + step];
+        real[m] += ar * br;
+        imaginary[m] += ar * bi;
+        real[m] -= ai * bi;
+        imaginary[m] += ai * br;
+      }
+      b += 2 * kLength;
+      next += 2 * kLength;
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    store<float>(args.out + m * 2 * kLength, real[m]);
+    store<float>(args.out + (m * 2 + 1) * kLength, imaginary[m]);
+  }
+}
+
+template <int MR, int NV>
+constexpr PanelTile panel_entry() {
+  return {MR, panel_gemm<MR, NV>};
+}
+
+template <int MR>
+constexpr PanelTile panel_complex_entry() {
+  return {MR, panel_gemm_complex<MR>};
+}

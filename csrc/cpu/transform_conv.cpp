@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "transform_conv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "split_ukernels.h"
+
+namespace segpose {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Extents of a block's transformed input V and products P, in bytes. Frequencies lie one cache line more than their
+// size apart: those of a tile must not share cache sets.
+struct Extents {
+  int64_t m, n, tiles, lines, depth_blocks;
+  int64_t v_line, v_frequency, v_term, v_size;
+  int64_t p_line, p_frequency, p_size;
+
+  explicit Extents(const Plan& plan) {
+    const TransformPlan& t = plan.transform;
+    const int64_t vector = transform_ukernels(plan.isa).vector_length;
+    m = t.m;
+    n = t.n;
+    tiles = t.tiles;
+    lines = ceil_div(plan.depth(), vector);
+    depth_blocks = ceil_div(plan.depth(), kTileDepth);
+    v_line = tiles * (t.terms > 0 ? kTileDepth * 2 : t.parts * vector * 4);
+    v_frequency = (t.terms > 0 ? depth_blocks : lines) * v_line + 64;
+    v_term = t.frequencies * v_frequency;
+    v_size = v_term * std::max<int64_t>(t.terms, 1);
+    p_line = tiles * t.parts * vector * 4;
+    p_frequency = t.group_panels * t.panel_columns / vector * p_line + 64;
+    p_size = t.frequencies * p_frequency;
+  }
+};
+
+// Rows of channels that lie close enough for zeros to stand in for one outside the image.
+bool reads_in_place(const MaskedSource& source) {
+  return source.in_place(DType::float32) && source.view.stride_w <= 4 * source.view.c;
+}
+
+int64_t zeros_size(const Plan& plan, const MaskedSource& source) {
+  return plan.transform.n * 4 * source.view.c + kTileDepth;
+}
+
+// The transformed input of one block is shared by the tasks of its column splits.
+bool shares_input(const Plan& plan) { return plan.transform.column_splits > 1; }
+
+struct Scratch {
+  char* v;  // null where it is shared
+  char* p;
+  float* rows;       // n source rows of one row of tiles, with the padding that its tiles read
+  float* tile;       // one tile at the edge of an image
+  float* zeros;      // n pixels
+  float* row;        // one source row on its way
+  float** out;       // [tile][m * m] destination pixels, null outside the image
+  int64_t* offsets;  // their element offsets
+  float* pixels;     // [tile][m * m][columns] on their way to another layout or dtype
+
+  Scratch(const Plan& plan, const MaskedSource& source, bool direct, Arena& arena) {
+    const TransformPlan& t = plan.transform;
+    const Extents e(plan);
+    int64_t width = 0;
+    for (const Phase& phase : plan.phases) width = std::max(width, round_up(phase.cols, t.m) + t.r - 1);
+    v = shares_input(plan) ? nullptr : arena.take<char>(e.v_size);
+    p = arena.take<char>(e.p_size);
+    const bool staged = !reads_in_place(source);
+    rows = staged ? arena.take<float>(t.n * width * plan.depth()) : nullptr;
+    row = staged ? arena.take<float>(source_row_scratch(source)) : nullptr;
+    tile = staged ? nullptr : arena.take<float>(t.n * t.n * plan.depth());
+    zeros = arena.take<float>(zeros_size(plan, source));
+    out = arena.take<float*>(e.tiles * t.m * t.m);
+    offsets = arena.take<int64_t>(e.tiles * t.m * t.m);
+    pixels = direct ? nullptr : arena.take<float>(e.tiles * t.m * t.m * t.group_panels * t.panel_columns);
+  }
+};
+
+// Tiles of a phase, counted over (image, tile row, tile column).
+struct Tiles {
+  int64_t rows, cols, count;
+
+  Tiles(const Plan& plan, const Phase& phase)
+      : rows(ceil_div(phase.rows, plan.transform.m)),
+        cols(ceil_div(phase.cols, plan.transform.m)),
+        count(plan.problem.n * rows * cols) {}
+};
+
+struct Block {
+  int64_t phase, group, panel_begin, panel_end, first, count;
+};
+
+struct TileRows {
+  const float* rows[kMaxTransformN];
+  int64_t pixel_step;
+};
+
+// Source rows of one row of tiles, copied with zeros around them.
+void stage_rows(const TransformLaunch& launch, const Block& block, int64_t n, int64_t h0, int64_t w0, int64_t width,
+                const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const TensorView& view = launch.source.view;
+  const int64_t depth = plan.depth();
+  const int64_t begin = std::clamp<int64_t>(-w0, 0, width);
+  const int64_t end = std::clamp<int64_t>(view.w - w0, begin, width);
+  for (int64_t i = 0; i < plan.transform.n; ++i) {
+    float* out = scratch.rows + i * width * depth;
+    const int64_t h = h0 + i;
+    if (h < 0 || h >= view.h || begin == end) {
+      std::fill_n(out, width * depth, 0.0f);
+      continue;
+    }
+    load_source_row(ukernels<float>(plan.isa), launch.source, n, h, scratch.row);
+    std::fill_n(out, begin * depth, 0.0f);
+    const float* in = scratch.row + (w0 + begin) * view.c + block.group * depth;
+    if (depth == view.c) {
+      std::copy_n(in, (end - begin) * depth, out + begin * depth);
+    } else {
+      for (int64_t w = begin; w < end; ++w) std::copy_n(in + (w - begin) * view.c, depth, out + w * depth);
+    }
+    std::fill_n(out + end * depth, (width - end) * depth, 0.0f);
+  }
+}
+
+// The n rows of a tile where they lie, or a copy where it reaches over the edge of the image.
+TileRows rows_in_place(const TransformLaunch& launch, const Block& block, int64_t n, int64_t h0, int64_t w0,
+                       const Scratch& scratch) {
+  const TensorView& view = launch.source.view;
+  const int64_t depth = launch.plan->depth();
+  const int64_t edge = launch.plan->transform.n;
+  const float* data = view.as<float>() + block.group * depth;
+  TileRows tile{{}, view.stride_w};
+  const bool inside = w0 >= 0 && w0 + edge <= view.w;
+  if (!inside) tile.pixel_step = depth;
+  for (int64_t i = 0; i < edge; ++i) {
+    const int64_t h = h0 + i;
+    if (h < 0 || h >= view.h) {
+      tile.rows[i] = scratch.zeros;
+    } else if (inside) {
+      tile.rows[i] = data + view.offset(n, h, w0);
+    } else {
+      float* out = scratch.tile + i * edge * depth;
+      tile.rows[i] = out;
+      for (int64_t j = 0; j < edge; ++j, out += depth) {
+        if (w0 + j < 0 || w0 + j >= view.w) {
+          std::fill_n(out, depth, 0.0f);
+        } else {
+          std::copy_n(data + view.offset(n, h, w0 + j), depth, out);
+        }
+      }
+    }
+  }
+  return tile;
+}
+
+void transform_tile(const Plan& plan, const Extents& e, const TileRows& tile, int64_t t, char* v) {
+  const TransformPlan& transform = plan.transform;
+  if (transform.terms > 0) {
+    const SplitTransformCodelets& codelets = *split_transform(plan.isa, static_cast<int>(transform.r));
+    codelets.input[transform.terms - 1](tile.rows, tile.pixel_step, plan.depth(), v + t * kTileDepth * 2, e.v_term,
+                                        e.v_frequency, e.v_line);
+    return;
+  }
+  const TransformUkernels& kernels = transform_ukernels(plan.isa);
+  kernels.codelets[transform.codelet].input(tile.rows, tile.pixel_step, plan.depth(),
+                                            reinterpret_cast<float*>(v) + t * transform.parts * kernels.vector_length,
+                                            e.v_frequency / 4, e.v_line / 4);
+}
+
+// Tiles [begin, end) of a block, whole rows of the microkernels.
+void transform_input(const TransformLaunch& launch, const Block& block, const Extents& e, int64_t begin, int64_t end,
+                     char* v, const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
+  const Tiles tiles(plan, phase);
+  const int64_t off_h = phase.taps.front().off_h;
+  const int64_t off_w = phase.taps.front().off_w;
+  const int64_t width = tiles.cols * e.m + plan.transform.r - 1;
+  for (int64_t t = begin; t < std::min(end, block.count); ++t) {
+    const int64_t tile = block.first + t;
+    const int64_t n = tile / (tiles.cols * tiles.rows);
+    const int64_t h0 = tile / tiles.cols % tiles.rows * e.m + off_h;
+    const int64_t col = tile % tiles.cols * e.m;
+    TileRows rows{{}, plan.depth()};
+    if (scratch.rows == nullptr) {
+      rows = rows_in_place(launch, block, n, h0, col + off_w, scratch);
+    } else {
+      if (t == begin || col == 0) stage_rows(launch, block, n, h0, off_w, width, scratch);
+      for (int64_t i = 0; i < e.n; ++i) rows.rows[i] = scratch.rows + (i * width + col) * plan.depth();
+    }
+    transform_tile(plan, e, rows, t, v);
+  }
+  // The last rows of a microkernel: zeros, so that no value of an earlier call slows it down.
+  TileRows zeros{{}, 0};
+  for (int64_t i = 0; i < e.n; ++i) zeros.rows[i] = scratch.zeros;
+  for (int64_t t = std::max(begin, block.count); t < end; ++t) transform_tile(plan, e, zeros, t, v);
+}
+
+// Products of the block's panels with tiles of floats.
+void multiply(const Plan& plan, const TransformFilter& layout, const Block& block, const Extents& e, const char* filter,
+              const char* input, const Scratch& scratch) {
+  const TransformPlan& transform = plan.transform;
+  const TransformUkernels& kernels = transform_ukernels(plan.isa);
+  const int64_t vectors = transform.panel_columns / kernels.vector_length;
+  const PanelTile* heights = transform.parts == 2 ? kernels.complex : kernels.real;
+  const int64_t row = transform.parts * kernels.vector_length;
+  PanelArgs args{};
+  args.a_line = e.v_line / 4;
+  args.out_line = e.p_line / 4;
+  args.depth = plan.depth();
+  const int64_t count = block.panel_end - block.panel_begin;
+  for (int64_t f = 0; f < transform.frequencies; ++f) {
+    const float* v = reinterpret_cast<const float*>(input + f * e.v_frequency);
+    for (int64_t p = 0; p < count; ++p) {
+      const char* b = filter + f * layout.frequency + (block.panel_begin + p) * layout.panel;
+      const bool more = p + 1 < count || f + 1 < transform.frequencies;
+      const char* next = p + 1 < count ? b + layout.panel : b + layout.frequency - p * layout.panel;
+      args.b = reinterpret_cast<const float*>(b);
+      args.next = reinterpret_cast<const float*>(more ? next : b);
+      float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + p * vectors * e.p_line);
+      const PanelTile* tile = heights;
+      for (int64_t t = 0; t < block.count; t += tile->mr) {
+        // The tallest that does not compute more rows than are left; 8 + 8 runs faster than 12 + 4.
+        const int64_t left = round_up(block.count - t, kTransformRows);
+        while (tile->mr > left || (left == 16 && tile->mr == 12)) ++tile;
+        args.a = v + t * row;
+        args.out = out + t * row;
+        tile->run(args);
+        args.next = args.b;
+      }
+    }
+  }
+}
+
+// The same with tiles of bfloat16.
+void multiply_split(const Plan& plan, const TransformFilter& layout, const Block& block, const Extents& e,
+                    const char* filter, const char* input, const Scratch& scratch) {
+  const TransformPlan& transform = plan.transform;
+  const SplitUkernels& kernels = *split_ukernels(plan.isa);
+  const SplitStep step{0, 0};
+  SplitGemmArgs args{};
+  args.a_row = kTileDepth * 2;
+  args.a_term = e.v_term;
+  args.steps = &step;
+  args.count = 1;
+  args.blocks = e.depth_blocks;
+  args.a_block = e.v_line;
+  args.b_block = transform.terms * 2 * kTileBytes;
+  args.out_row_tile = kTileFloats;
+  args.out_column_tile = e.p_line / 4;
+  for (int64_t f = 0; f < transform.frequencies; ++f) {
+    const char* v = input + f * e.v_frequency;
+    for (int64_t p = block.panel_begin; p < block.panel_end; ++p) {
+      args.b = filter + f * layout.frequency + p * layout.panel;
+      float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + (p - block.panel_begin) * 2 * e.p_line);
+      for (int64_t t = 0; t < block.count; t += 2 * kTileRows) {
+        const SplitShape& shape = block.count - t > kTileRows ? kernels.wide : kernels.flat;
+        args.a[0] = v + t * kTileDepth * 2;
+        args.a[1] = args.a[0] + kTileRows * kTileDepth * 2;
+        args.out = out + t * kTileColumns;
+        shape.run[transform.terms - 1](args);
+      }
+    }
+  }
+}
+
+void transform_output(const TransformLaunch& launch, const Block& block, const Extents& e, const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const TransformPlan& transform = plan.transform;
+  const TransformUkernels& kernels = transform_ukernels(plan.isa);
+  const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
+  const Tiles tiles(plan, phase);
+  const TensorView& destination = launch.destination;
+  const bool direct = scratch.pixels == nullptr;
+  const int64_t first = block.panel_begin * transform.panel_columns;
+  const int64_t columns = std::min(block.panel_end * transform.panel_columns, plan.columns()) - first;
+  const int64_t channel = block.group * plan.columns() + first;
+  const int64_t width = transform.group_panels * transform.panel_columns;
+  const float* bias =
+      launch.bias == nullptr ? nullptr : launch.bias + block.group * transform.panels * transform.panel_columns + first;
+  int64_t written = 0;
+  for (int64_t t = 0; t < block.count; ++t) {
+    const int64_t tile = block.first + t;
+    const int64_t row = tile / tiles.cols % tiles.rows * e.m;
+    const int64_t col = tile % tiles.cols * e.m;
+    const int64_t n = tile / (tiles.cols * tiles.rows);
+    float** out = scratch.out + t * e.m * e.m;
+    for (int64_t i = 0; i < e.m; ++i) {
+      for (int64_t j = 0; j < e.m; ++j) {
+        float*& pixel = out[i * e.m + j];
+        pixel = nullptr;
+        if (row + i >= phase.rows || col + j >= phase.cols) continue;
+        const int64_t offset =
+            destination.offset(n, phase.oh + (row + i) * phase.ostep_h, phase.ow + (col + j) * phase.ostep_w);
+        pixel = direct ? destination.as<float>() + offset + channel : scratch.pixels + written * width;
+        scratch.offsets[written++] = offset;
+      }
+    }
+    const float* p = reinterpret_cast<const float*>(scratch.p) + t * transform.parts * kernels.vector_length;
+    kernels.codelets[transform.codelet].output(p, transform.m, e.p_frequency / 4, e.p_line / 4, columns,
+                                               launch.epilogue, bias, out);
+  }
+  if (!direct) {
+    unstage_block(ukernels<float>(plan.isa), scratch.pixels, width, written, columns, destination, scratch.offsets,
+                  channel);
+  }
+}
+
+std::vector<Block> split_blocks(const Plan& plan) {
+  const TransformPlan& transform = plan.transform;
+  std::vector<Block> blocks;
+  for (size_t p = 0; p < plan.phases.size(); ++p) {
+    const Tiles tiles(plan, plan.phases[p]);
+    for (int64_t group = 0; group < plan.problem.groups; ++group) {
+      for (int64_t first = 0; first < tiles.count; first += transform.tiles) {
+        blocks.push_back({static_cast<int64_t>(p), group, 0, transform.panels, first,
+                          std::min(transform.tiles, tiles.count - first)});
+      }
+    }
+  }
+  return blocks;
+}
+
+// Products and outputs of the block's panels, a group of them at a time.
+void run_panels(const TransformLaunch& launch, const Extents& e, Block block, const char* input,
+                const Scratch& scratch) {
+  const Plan& plan = *launch.plan;
+  const char* filter = launch.packed + block.phase * launch.layout->phase + block.group * launch.layout->group;
+  const bool split = plan.transform.terms > 0;
+  if (split) split_ukernels(plan.isa)->begin();
+  const int64_t end = block.panel_end;
+  for (; block.panel_begin < end; block.panel_begin = block.panel_end) {
+    block.panel_end = std::min(block.panel_begin + plan.transform.group_panels, end);
+    if (split) {
+      multiply_split(plan, *launch.layout, block, e, filter, input, scratch);
+    } else {
+      multiply(plan, *launch.layout, block, e, filter, input, scratch);
+    }
+    transform_output(launch, block, e, scratch);
+  }
+  if (split) split_ukernels(plan.isa)->end();
+}
+
+}  // namespace
+
+int64_t transform_scratch(const Plan& plan, const MaskedSource& source, int64_t workers) {
+  Arena arena(nullptr);
+  const Scratch scratch(plan, source, false, arena);
+  return workers * arena.used() + (shares_input(plan) ? Extents(plan).v_size : 0);
+}
+
+void launch_transform(const TransformLaunch& launch, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  const Extents e(plan);
+  const bool direct = launch.destination.has_channel_rows(DType::float32);
+  Arena measure(nullptr);
+  const Scratch measured(plan, launch.source, false, measure);
+  char* const shared = launch.scratch;
+  char* const workers = launch.scratch + (shares_input(plan) ? e.v_size : 0);
+  const auto scratch_of = [&](int64_t worker) {
+    Arena arena(workers + worker * measure.used());
+    Scratch scratch(plan, launch.source, direct, arena);
+    std::fill_n(scratch.zeros, zeros_size(plan, launch.source), 0.0f);
+    return scratch;
+  };
+  const int64_t row_multiple = plan.transform.terms > 0 ? kTileRows : kTransformRows;
+  const std::vector<Block> blocks = split_blocks(plan);
+  if (!shares_input(plan)) {
+    for_each_task(executor, static_cast<int64_t>(blocks.size()), [&](int64_t task, int64_t worker) {
+      const Block& block = blocks[static_cast<size_t>(task)];
+      const Scratch scratch = scratch_of(worker);
+      transform_input(launch, block, e, 0, round_up(block.count, row_multiple), scratch.v, scratch);
+      run_panels(launch, e, block, scratch.v, scratch);
+    });
+    return;
+  }
+  for (const Block& block : blocks) {
+    for_each_task(executor, ceil_div(block.count, row_multiple), [&](int64_t task, int64_t worker) {
+      transform_input(launch, block, e, task * row_multiple, (task + 1) * row_multiple, shared, scratch_of(worker));
+    });
+    for_each_task(executor, plan.transform.column_splits, [&](int64_t task, int64_t worker) {
+      Block part = block;
+      part.panel_begin = plan.transform.panels * task / plan.transform.column_splits;
+      part.panel_end = plan.transform.panels * (task + 1) / plan.transform.column_splits;
+      run_panels(launch, e, part, shared, scratch_of(worker));
+    });
+  }
+}
+
+}  // namespace segpose
