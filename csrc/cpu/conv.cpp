@@ -63,8 +63,9 @@ FilterView filter_of(const Tensor& tensor) {
 }
 
 Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor tensor = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return tensor;
 }
 
 // torch's thread pool.
@@ -163,10 +164,16 @@ struct MaskedGradient {
   std::unique_ptr<Workspace> storage;  // of a masked copy, where a pass reads rows in place
 };
 
-// Algorithms that pack their source mask it on the way; the others read a masked copy. The bias gradient falls out of
-// the same pass over dy.
+// How the passes of a backward read dy.
+enum class GradientUse {
+  fused,     // one pass, which packs its source and masks it on the way
+  packed,    // several that pack: one masked copy in dy's dtype
+  in_place,  // rows are read where they lie, in the compute type
+};
+
+// The bias gradient falls out of the same pass over dy.
 void mask_gradient(MaskedGradient& gradient, const Tensor& grad_output, const OptionalTensor& output,
-                   const Epilogue& epilogue, bool packed, OptionalTensor& grad_bias) {
+                   const Epilogue& epilogue, GradientUse use, OptionalTensor& grad_bias) {
   const TensorView grad = view_of(grad_output);
   const DType compute = compute_dtype_of(grad.dtype);
   gradient.source = {grad, nullptr};
@@ -174,13 +181,14 @@ void mask_gradient(MaskedGradient& gradient, const Tensor& grad_output, const Op
     gradient.mask = {view_of(*output), epilogue.activation, epilogue.negative_slope};
     gradient.source.mask = &gradient.mask;
   }
-  const bool copied = !packed && !gradient.source.in_place(compute);
+  const bool copied = use == GradientUse::in_place ? !gradient.source.in_place(compute)
+                                                   : use == GradientUse::packed && gradient.source.mask != nullptr;
   if (!copied && !grad_bias.has_value()) return;
-  GradientPass pass{gradient.source, selected_isa(), nhwc_view(nullptr, compute, grad.n, grad.c, grad.h, grad.w),
+  const DType dtype = use == GradientUse::in_place ? compute : grad.dtype;
+  GradientPass pass{gradient.source, selected_isa(), nhwc_view(nullptr, dtype, grad.n, grad.c, grad.h, grad.w),
                     grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
   if (copied) {
-    gradient.storage =
-        std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(compute), grad_output);
+    gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(dtype), grad_output);
     pass.masked.data = gradient.storage->data();
   }
   const Executor executor = torch_executor();
@@ -225,8 +233,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     const Plan input_plan = by_input ? plan_for(problem, input_pass, weight) : Plan{};
     const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight) : Plan{};
     const bool packed = (!by_input || input_plan.packs_source()) && (!by_weight || weight_plan.packs_source());
+    const GradientUse use = !packed                 ? GradientUse::in_place
+                            : by_input && by_weight ? GradientUse::packed
+                                                    : GradientUse::fused;
     MaskedGradient gradient;
-    mask_gradient(gradient, grad_output, output, epilogue, packed, grad_bias);
+    mask_gradient(gradient, grad_output, output, epilogue, use, grad_bias);
     if (by_input) run_gather(input_plan, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0});
     const MaskedSource activation{view_of(input), nullptr};
     if (by_weight && attributes.transposed) run_wgrad(weight_plan, activation, gradient.source, grad_weight);

@@ -168,7 +168,7 @@ struct GradientBuffers {
   double* sums;
 
   GradientBuffers(const GradientPass& pass, int64_t workers, Arena& arena) {
-    scratch = arena.take<T>(gradient_scratch<T>(pass.grad.view, workers));
+    scratch = arena.take<T>(gradient_scratch<T>(ukernels<T>(pass.isa), pass.grad.view, workers));
     sums = pass.bias_grad == nullptr ? nullptr : arena.take<double>(pass.grad.view.c);
   }
 };
@@ -177,7 +177,7 @@ template <class T>
 void run_gradient(const GradientPass& pass, void* workspace, const Executor& executor) {
   Arena arena(workspace);
   const GradientBuffers<T> buffers(pass, executor.workers, arena);
-  const GradientStage<T> request{pass.grad, pass.masked.as<T>(), buffers.sums};
+  const GradientStage<T> request{pass.grad, pass.masked.data, pass.masked.dtype, buffers.sums};
   stage_gradient(ukernels<T>(pass.isa), request, buffers.scratch, executor);
   const TensorView& grad = pass.grad.view;
   for (int64_t c = 0; pass.bias_grad != nullptr && c < grad.c; ++c) {

@@ -145,17 +145,28 @@ Pixels pixels_of(const Plan& plan, const MaskedSource& source, const Block& bloc
       reinterpret_cast<const char*>(staged), DType::float32, block.first_image, first_row, rows * size, size, view.c};
 }
 
-// Coordinates of a position of the line.
+// Coordinates along the positions of a line.
 struct Place {
-  int64_t image, row, col;
-};
+  int64_t inner, pixel, row, outer;
 
-Place place_of(const SplitWgradPlan& split, int64_t position) {
-  const int64_t pixel = position / split.inner;
-  const int64_t row = pixel / split.planes.pitch;
-  return {row / split.height() * split.inner + position % split.inner, row % split.height(),
-          pixel % split.planes.pitch};
-}
+  Place(const SplitWgradPlan& split, int64_t position)
+      : inner(position % split.inner),
+        pixel(position / split.inner % split.planes.pitch),
+        row(position / (split.inner * split.planes.pitch) % split.height()),
+        outer(position / (split.inner * split.planes.pitch * split.height())) {}
+
+  int64_t image(const SplitWgradPlan& split) const { return outer * split.inner + inner; }
+
+  void advance(const SplitWgradPlan& split) {
+    if (++inner < split.inner) return;
+    inner = 0;
+    if (++pixel < split.planes.pitch) return;
+    pixel = 0;
+    if (++row < split.height()) return;
+    row = 0;
+    ++outer;
+  }
+};
 
 void pack_grad(const Plan& plan, const Layout& layout, const Block& block, const Pixels& pixels, const float* zeros,
                char* packed, const Executor& executor) {
@@ -167,10 +178,11 @@ void pack_grad(const Plan& plan, const Layout& layout, const Block& block, const
                 [&](int64_t task, int64_t) { std::memset(packed + task * layout.grad_row, 0, layout.lead * 2); });
   for_each_task(executor, layout.positions / kTileRows, [&](int64_t task, int64_t) {
     const void* rows[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const Place place = place_of(split, task * kTileRows + i);
-      const bool valid = place.image < block.images && place.row < block.rows && place.col < problem.q;
-      rows[i] = valid ? pixels.at(block.first_image + place.image, block.first_row + place.row, place.col) : zeros;
+    Place place(split, task * kTileRows);
+    for (int64_t i = 0; i < kTileRows; ++i, place.advance(split)) {
+      const int64_t image = place.image(split);
+      const bool valid = image < block.images && place.row < block.rows && place.pixel < problem.q;
+      rows[i] = valid ? pixels.at(block.first_image + image, block.first_row + place.row, place.pixel) : zeros;
     }
     char* out = packed + (layout.lead + task * kTileRows) * 2;
     for (int64_t tile = 0; tile < split.grad_tiles; ++tile) {
@@ -194,13 +206,14 @@ void pack_source(const Plan& plan, const Layout& layout, const Block& block, con
     const int64_t step = task % steps;
     const Planes::Residue& residue = planes.residues[static_cast<size_t>(task / steps)];
     const void* rows[kTileDepth];
-    for (int64_t i = 0; i < kTileDepth; ++i) {
-      const Place place = place_of(split, step * kTileDepth + i);
+    Place place(split, step * kTileDepth);
+    for (int64_t i = 0; i < kTileDepth; ++i, place.advance(split)) {
+      const int64_t image = place.image(split);
       const int64_t h = planes.source_h(residue, block.first_row + place.row);
-      const int64_t w = planes.source_w(residue, place.col);
-      const bool valid = place.image < block.images && place.row < block.rows + planes.span_h && h >= 0 &&
-                         h < problem.h && w >= 0 && w < problem.w;
-      rows[i] = valid ? pixels.at(block.first_image + place.image, h, w) : zeros;
+      const int64_t w = planes.source_w(residue, place.pixel);
+      const bool valid = image < block.images && place.row < block.rows + planes.span_h && h >= 0 && h < problem.h &&
+                         w >= 0 && w < problem.w;
+      rows[i] = valid ? pixels.at(block.first_image + image, h, w) : zeros;
     }
     char* out = packed + task / steps * layout.plane;
     for (int64_t panel = 0; panel < split.panels; ++panel, out += layout.panel) {

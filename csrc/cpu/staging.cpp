@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 namespace segpose {
 namespace {
@@ -50,25 +51,57 @@ void load_image_row(const Ukernels<T>& kernels, const TensorView& view, int64_t 
   }
 }
 
-// Masks one row by the output's, read in place or through `temporary`.
+// The gradient's row (n, h) through the mask; `row` has room for two rows. g and y are read where they lie if they can.
 template <class T>
-void mask_by(const Ukernels<T>& kernels, const SourceMask& mask, int64_t n, int64_t h, T* row, T* temporary) {
-  const TensorView& output = mask.output;
-  const T* y = temporary;
-  if (output.has_channel_rows(compute_dtype<T>()) && output.stride_w == output.c) {
-    y = output.as<T>() + output.offset(n, h, 0);
+MaskArgs<T> mask_args(const Ukernels<T>& kernels, const MaskedSource& source, int64_t n, int64_t h, T* row) {
+  const TensorView& view = source.view;
+  const int64_t size = view.w * view.c;
+  const auto packed = [&](const TensorView& tensor, DType dtype) {
+    return tensor.dtype == dtype && (tensor.stride_c == 1 || tensor.c == 1) && tensor.stride_w == tensor.c;
+  };
+  MaskArgs<T> args{compute_dtype<T>(), row, nullptr, row, size, Activation::none, T{1}, nullptr, 0};
+  const bool half = view.dtype == DType::bfloat16 && packed(view, DType::bfloat16) &&
+                    (source.mask == nullptr || packed(source.mask->output, DType::bfloat16));
+  if (half) args.dtype = DType::bfloat16;
+  if (packed(view, args.dtype)) {
+    args.g = address(view, view.offset(n, h, 0));
   } else {
-    load_image_row(kernels, output, n, h, temporary);
+    load_image_row(kernels, view, n, h, row);
   }
-  kernels.mask_row(mask.activation, static_cast<T>(mask.negative_slope), y, output.w * output.c, row);
+  if (source.mask == nullptr) return args;
+  const TensorView& output = source.mask->output;
+  args.activation = source.mask->activation;
+  args.negative_slope = static_cast<T>(source.mask->negative_slope);
+  if (packed(output, args.dtype)) {
+    args.y = address(output, output.offset(n, h, 0));
+  } else {
+    load_image_row(kernels, output, n, h, row + size);
+    args.y = row + size;
+  }
+  return args;
 }
+
+// The fewest whole vectors after which the channels come round again.
+int64_t sum_period(int64_t channels, int64_t vector) { return channels / std::gcd(channels, vector) * vector; }
 
 }  // namespace
 
 template <class T>
 void load_source_row(const Ukernels<T>& kernels, const MaskedSource& source, int64_t n, int64_t h, T* row) {
-  load_image_row(kernels, source.view, n, h, row);
-  if (source.mask != nullptr) mask_by(kernels, *source.mask, n, h, row, row + source.view.w * source.view.c);
+  if (source.mask == nullptr) {
+    load_image_row(kernels, source.view, n, h, row);
+    return;
+  }
+  MaskArgs<T> args = mask_args(kernels, source, n, h, row);
+  if (args.dtype == compute_dtype<T>()) {
+    args.out = row;
+    kernels.mask_line(args);
+    return;
+  }
+  // bfloat16 rows that lie in place: masked as such, then widened.
+  args.out = row + args.count;
+  kernels.mask_line(args);
+  kernels.load_row(args.dtype, args.out, args.count, row);
 }
 
 int64_t source_row_scratch(const MaskedSource& source) {
@@ -84,36 +117,49 @@ void stage(const Ukernels<T>& kernels, const MaskedSource& source, T* destinatio
 }
 
 template <class T>
-int64_t gradient_scratch(const TensorView& grad, int64_t workers) {
-  return 2 * workers * grad.w * grad.c + kBiasChunks * grad.c;
+int64_t gradient_scratch(const Ukernels<T>& kernels, const TensorView& grad, int64_t workers) {
+  return 2 * workers * grad.w * grad.c + kBiasChunks * sum_period(grad.c, kernels.vector_length);
 }
 
 template <class T>
 void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor) {
   const TensorView& grad = stage.source.view;
   const int64_t row_size = grad.w * grad.c;
+  const int64_t period = sum_period(grad.c, kernels.vector_length);
   T* partials = scratch + 2 * executor.workers * row_size;
   const int64_t rows = grad.n * grad.h;
   const int64_t chunks = std::min(kBiasChunks, rows);
   for_each_task(executor, chunks, [&](int64_t chunk, int64_t worker) {
-    T* sums = partials + chunk * grad.c;
-    std::fill_n(sums, grad.c, T{0});
+    T* sums = partials + chunk * period;
+    std::fill_n(sums, period, T{0});
     T* temporary = scratch + 2 * worker * row_size;
     for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; ++row) {
-      const int64_t n = row / grad.h;
-      const int64_t h = row % grad.h;
-      T* g = stage.destination != nullptr ? stage.destination + row * row_size : temporary;
-      load_image_row(kernels, grad, n, h, g);
-      if (stage.source.mask != nullptr) mask_by(kernels, *stage.source.mask, n, h, g, temporary + row_size);
-      if (stage.bias_grad != nullptr) {
-        for (int64_t w = 0; w < grad.w; ++w) kernels.add_row(g + w * grad.c, grad.c, sums);
+      MaskArgs<T> args = mask_args(kernels, stage.source, row / grad.h, row % grad.h, temporary);
+      args.sums = stage.bias_grad == nullptr ? nullptr : sums;
+      args.period = period;
+      char* out = stage.destination == nullptr
+                      ? nullptr
+                      : static_cast<char*>(stage.destination) + row * row_size * dtype_size(stage.destination_dtype);
+      if (out == nullptr || stage.destination_dtype == args.dtype) {
+        args.out = out;
+        kernels.mask_line(args);
+        continue;
+      }
+      args.out = temporary;
+      kernels.mask_line(args);
+      if (args.dtype == compute_dtype<T>()) {
+        kernels.store_row(stage.destination_dtype, temporary, row_size, out);
+      } else {
+        kernels.load_row(args.dtype, temporary, row_size, reinterpret_cast<T*>(out));
       }
     }
   });
   if (stage.bias_grad == nullptr) return;
   for (int64_t c = 0; c < grad.c; ++c) {
     double sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += static_cast<double>(partials[chunk * grad.c + c]);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t i = c; i < period; i += grad.c) sum += static_cast<double>(partials[chunk * period + i]);
+    }
     stage.bias_grad[c] = sum;
   }
 }
@@ -151,7 +197,7 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
 #define SEGPOSE_INSTANTIATE(T)                                                                               \
   template void load_source_row<T>(const Ukernels<T>&, const MaskedSource&, int64_t, int64_t, T*);           \
   template void stage<T>(const Ukernels<T>&, const MaskedSource&, T*, const Executor&);                      \
-  template int64_t gradient_scratch<T>(const TensorView&, int64_t);                                          \
+  template int64_t gradient_scratch<T>(const Ukernels<T>&, const TensorView&, int64_t);                                          \
   template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);         \
   template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&, \
                                  const int64_t*, int64_t);

@@ -38,13 +38,14 @@ void stage(const Ukernels<T>& kernels, const MaskedSource& source, T* destinatio
 template <class T>
 struct GradientStage {
   MaskedSource source;
-  T* destination;     // masked dy as NHWC, or null when only the sums are wanted
+  void* destination;  // masked dy as NHWC in T or in its own dtype, or null when only the sums are wanted
+  DType destination_dtype;
   double* bias_grad;  // [c] sums, or null
 };
 
 // Elements of scratch that stage_gradient needs for `workers` workers.
 template <class T>
-int64_t gradient_scratch(const TensorView& grad, int64_t workers);
+int64_t gradient_scratch(const Ukernels<T>& kernels, const TensorView& grad, int64_t workers);
 
 template <class T>
 void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor);

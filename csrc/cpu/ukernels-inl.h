@@ -309,18 +309,96 @@ void store_row(DType dtype, const T* row, int64_t count, void* destination) {
   }
 }
 
-template <class T>
-void mask_row(Activation activation, T negative_slope, const T* y, int64_t count, T* g) {
-  if (activation == Activation::relu) {
-    for (int64_t i = 0; i < count; ++i) g[i] = y[i] <= 0 ? T{0} : g[i];
-  } else if (activation == Activation::leaky_relu) {
-    for (int64_t i = 0; i < count; ++i) g[i] = y[i] > 0 ? g[i] : g[i] * negative_slope;
+// bfloat16 as float and back, a vector at a time.
+struct Bfloat16 {
+  typedef uint16_t Halves __attribute__((vector_size(SEGPOSE_VECTOR_BYTES / 2)));
+  typedef uint32_t Words __attribute__((vector_size(SEGPOSE_VECTOR_BYTES)));
+};
+
+SEGPOSE_INLINE Simd<float>::Vector load_as(DType dtype, const void* source, int64_t index, float) {
+  if (dtype != DType::bfloat16) return load<float>(static_cast<const float*>(source) + index);
+  Bfloat16::Halves halves;
+  __builtin_memcpy(&halves, static_cast<const uint16_t*>(source) + index, sizeof(halves));
+  return reinterpret_cast<Simd<float>::Vector>(__builtin_convertvector(halves, Bfloat16::Words) << 16);
+}
+
+SEGPOSE_INLINE void store_as(DType dtype, void* destination, int64_t index, const Simd<float>::Vector& value) {
+  if (dtype != DType::bfloat16) {
+    store<float>(static_cast<float*>(destination) + index, value);
+    return;
   }
+  const auto bits = reinterpret_cast<Bfloat16::Words>(value);
+  const Bfloat16::Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bfloat16::Words words = ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x00400000u : rounded) >> 16;
+  const Bfloat16::Halves halves = __builtin_convertvector(words, Bfloat16::Halves);
+  __builtin_memcpy(static_cast<uint16_t*>(destination) + index, &halves, sizeof(halves));
+}
+
+SEGPOSE_INLINE Simd<double>::Vector load_as(DType, const void* source, int64_t index, double) {
+  return load<double>(static_cast<const double*>(source) + index);
+}
+
+SEGPOSE_INLINE void store_as(DType, void* destination, int64_t index, const Simd<double>::Vector& value) {
+  store<double>(static_cast<double*>(destination) + index, value);
 }
 
 template <class T>
-void add_row(const T* row, int64_t count, T* sum) {
-  for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
+T load_one(DType dtype, const void* source, int64_t index) {
+  if (dtype == DType::bfloat16) return static_cast<T>(bfloat16_to_float(static_cast<const uint16_t*>(source)[index]));
+  return static_cast<const T*>(source)[index];
+}
+
+template <class T>
+void store_one(DType dtype, void* destination, int64_t index, T value) {
+  if (dtype == DType::bfloat16) {
+    static_cast<uint16_t*>(destination)[index] = float_to_bfloat16(static_cast<float>(value));
+  } else {
+    static_cast<T*>(destination)[index] = value;
+  }
+}
+
+template <class T, DType Type, Activation Act>
+void mask_typed(const MaskArgs<T>& args) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr int kLength = Simd<T>::kLength;
+  const Vector zero = {};
+  int64_t i = 0;
+  int64_t phase = 0;
+  for (; i + kLength <= args.count; i += kLength) {
+    Vector g = load_as(Type, args.g, i, T{});
+    if constexpr (Act != Activation::none) {
+      const Vector y = load_as(Type, args.y, i, T{});
+      if constexpr (Act == Activation::relu) g = y <= zero ? zero : g;
+      if constexpr (Act == Activation::leaky_relu) g = y > zero ? g : g * args.negative_slope;
+    }
+    if (args.out != nullptr) store_as(Type, args.out, i, g);
+    if (args.sums == nullptr) continue;
+    store<T>(args.sums + phase, load<T>(args.sums + phase) + g);
+    phase = phase + kLength == args.period ? 0 : phase + kLength;
+  }
+  for (; i < args.count; ++i, ++phase) {
+    T g = load_one<T>(Type, args.g, i);
+    if constexpr (Act != Activation::none) {
+      const T y = load_one<T>(Type, args.y, i);
+      if constexpr (Act == Activation::relu) g = y <= 0 ? T{0} : g;
+      if constexpr (Act == Activation::leaky_relu) g = y > 0 ? g : g * args.negative_slope;
+    }
+    if (args.out != nullptr) store_one<T>(Type, args.out, i, g);
+    if (args.sums != nullptr) args.sums[phase] += g;
+  }
+}
+
+template <class T, DType Type>
+void mask_activated(const MaskArgs<T>& args) {
+  if (args.y == nullptr) return mask_typed<T, Type, Activation::none>(args);
+  if (args.activation == Activation::relu) return mask_typed<T, Type, Activation::relu>(args);
+  mask_typed<T, Type, Activation::leaky_relu>(args);
+}
+
+template <class T>
+void mask_line(const MaskArgs<T>& args) {
+  if (args.dtype == DType::bfloat16) return mask_activated<T, DType::bfloat16>(args);
+  mask_activated<T, DType::float32>(args);
 }
 
 template <class T, int MR, int NV>

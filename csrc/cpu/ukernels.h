@@ -77,6 +77,20 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
+// out = gradient g through the activation, by the sign of its output y, and its sums.
+template <class T>
+struct MaskArgs {
+  DType dtype;  // of g, y and out: T's own, or bfloat16 with T = float
+  const void* g;
+  const void* y;  // or null: out = g
+  void* out;      // or null: sums only
+  int64_t count;
+  Activation activation;
+  T negative_slope;
+  T* sums;         // [period] sums of out[i] by i % period, added to what is there; or null
+  int64_t period;  // a multiple of the vector length
+};
+
 constexpr int kMaxGemmTiles = 3;
 constexpr int kMaxWgradTiles = 12;
 constexpr int kDepthwiseRows = 4;
@@ -92,9 +106,7 @@ struct Ukernels {
   void (*depthwise_wgrad)(const WgradArgs<T>&, int64_t channels);  // out[c] += sum of g[pixel][c] * x[pixel][c]
   void (*load_row)(DType dtype, const void* source, int64_t count, T* row);
   void (*store_row)(DType dtype, const T* row, int64_t count, void* destination);
-  // g <- gradient through the activation, by the sign of its output y.
-  void (*mask_row)(Activation activation, T negative_slope, const T* y, int64_t count, T* g);
-  void (*add_row)(const T* row, int64_t count, T* sum);
+  void (*mask_line)(const MaskArgs<T>&);
 };
 
 template <class T>

@@ -22,8 +22,7 @@ constexpr Ukernels<T> table() {
           depthwise_wgrad_row<T>,
           load_row<T>,
           store_row<T>,
-          mask_row<T>,
-          add_row<T>};
+          mask_line<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

@@ -18,18 +18,26 @@
 
 namespace segpose {
 
-// Bytes for kernels, in huge pages where the system grants them: transforms write a hundred streams at once, more than
-// the first-level TLB has entries for 4 KB pages.
-inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
-  torch::stable::Tensor tensor =
-      torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
+// Asks for huge pages: transforms write a hundred streams at once, more than the first-level TLB has entries for 4 KB
+// pages, and large results cost as much in page faults as some layers in arithmetic.
+inline void advise_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t{2} << 20;
-  const auto begin = (reinterpret_cast<int64_t>(tensor.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<int64_t>(tensor.data_ptr()) + bytes) / kHugePage * kHugePage;
+  const auto start = reinterpret_cast<int64_t>(tensor.data_ptr());
+  const int64_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t end = (start + bytes) / kHugePage * kHugePage;
   // Advice only: without it the kernels are slower, not wrong.
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#else
+  (void)tensor;
+  (void)bytes;
 #endif
+}
+
+inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
+  torch::stable::Tensor tensor = torch::stable::empty({std::max<int64_t>(bytes, 1)},
+                                                      torch::headeronly::ScalarType::Byte, std::nullopt, device);
+  advise_huge_pages(tensor, bytes);
   return tensor;
 }
 
