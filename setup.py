@@ -44,6 +44,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/split_pack.cpp",
     "csrc/cpu/split_wgrad.cpp",
     "csrc/cpu/staging.cpp",
+    "csrc/cpu/tile_reader.cpp",
     "csrc/cpu/transform_conv.cpp",
     "csrc/cpu/transform_filter.cpp",
     "csrc/cpu/wgrad.cpp",

@@ -248,8 +248,8 @@ void fourier_input(const float* const* rows, int64_t pixel_step, int64_t channel
 
 // A correlation multiplies by the conjugate; the inverse's weights and 1 / n^2 are taken in as well.
 template <int N>
-void fourier_filter(const float* w, int64_t r, int64_t tap_step, int64_t columns, float* u, int64_t frequency_step,
-                    int64_t line_step) {
+void fourier_filter(const float* const* rows, int64_t r, int64_t tap_step, int64_t columns, float* u,
+                    int64_t frequency_step, int64_t line_step) {
   using Vector = Simd<float>::Vector;
   constexpr int kLength = Simd<float>::kLength;
   constexpr float kOnce = 1.f / (N * N);
@@ -257,7 +257,7 @@ void fourier_filter(const float* w, int64_t r, int64_t tap_step, int64_t columns
     Vector half[N * N] = {};
     for (int64_t i = 0; i < r; ++i) {
       Vector row[N] = {};
-      for (int64_t j = 0; j < r; ++j) row[j] = load<float>(w + (i * r + j) * tap_step + column);
+      for (int64_t j = 0; j < r; ++j) row[j] = load_lanes(rows[i] + column + j * tap_step, columns - column);
       fourier_row<N>(row, half + i * N);
     }
     fourier_columns<N>(half, u, frequency_step, kOnce, 2 * kOnce, -1);

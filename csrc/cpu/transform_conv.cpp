@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "split_ukernels.h"
+#include "tile_reader.h"
 
 namespace segpose {
 namespace {
@@ -37,41 +38,23 @@ struct Extents {
   }
 };
 
-// Rows of channels that lie close enough for zeros to stand in for one outside the image.
-bool reads_in_place(const MaskedSource& source) {
-  return source.in_place(DType::float32) && source.view.stride_w <= 4 * source.view.c;
-}
-
-int64_t zeros_size(const Plan& plan, const MaskedSource& source) {
-  return plan.transform.n * 4 * source.view.c + kTileDepth;
-}
-
 // The transformed input of one block is shared by the tasks of its column splits.
 bool shares_input(const Plan& plan) { return plan.transform.column_splits > 1; }
 
 struct Scratch {
   char* v;  // null where it is shared
   char* p;
-  float* rows;       // n source rows of one row of tiles, with the padding that its tiles read
-  float* tile;       // one tile at the edge of an image
-  float* zeros;      // n pixels
-  float* row;        // one source row on its way
+  TileReader reader;
   float** out;       // [tile][m * m] destination pixels, null outside the image
   int64_t* offsets;  // their element offsets
   float* pixels;     // [tile][m * m][columns] on their way to another layout or dtype
 
-  Scratch(const Plan& plan, const MaskedSource& source, bool direct, Arena& arena) {
+  Scratch(const Plan& plan, const MaskedSource& source, bool direct, Arena& arena)
+      : reader(plan.isa, source, plan.transform.n, arena) {
     const TransformPlan& t = plan.transform;
     const Extents e(plan);
-    int64_t width = 0;
-    for (const Phase& phase : plan.phases) width = std::max(width, round_up(phase.cols, t.m) + t.r - 1);
     v = shares_input(plan) ? nullptr : arena.take<char>(e.v_size);
     p = arena.take<char>(e.p_size);
-    const bool staged = !reads_in_place(source);
-    rows = staged ? arena.take<float>(t.n * width * plan.depth()) : nullptr;
-    row = staged ? arena.take<float>(source_row_scratch(source)) : nullptr;
-    tile = staged ? nullptr : arena.take<float>(t.n * t.n * plan.depth());
-    zeros = arena.take<float>(zeros_size(plan, source));
     out = arena.take<float*>(e.tiles * t.m * t.m);
     offsets = arena.take<int64_t>(e.tiles * t.m * t.m);
     pixels = direct ? nullptr : arena.take<float>(e.tiles * t.m * t.m * t.group_panels * t.panel_columns);
@@ -92,69 +75,6 @@ struct Block {
   int64_t phase, group, panel_begin, panel_end, first, count;
 };
 
-struct TileRows {
-  const float* rows[kMaxTransformN];
-  int64_t pixel_step;
-};
-
-// Source rows of one row of tiles, copied with zeros around them.
-void stage_rows(const TransformLaunch& launch, const Block& block, int64_t n, int64_t h0, int64_t w0, int64_t width,
-                const Scratch& scratch) {
-  const Plan& plan = *launch.plan;
-  const TensorView& view = launch.source.view;
-  const int64_t depth = plan.depth();
-  const int64_t begin = std::clamp<int64_t>(-w0, 0, width);
-  const int64_t end = std::clamp<int64_t>(view.w - w0, begin, width);
-  for (int64_t i = 0; i < plan.transform.n; ++i) {
-    float* out = scratch.rows + i * width * depth;
-    const int64_t h = h0 + i;
-    if (h < 0 || h >= view.h || begin == end) {
-      std::fill_n(out, width * depth, 0.0f);
-      continue;
-    }
-    load_source_row(ukernels<float>(plan.isa), launch.source, n, h, scratch.row);
-    std::fill_n(out, begin * depth, 0.0f);
-    const float* in = scratch.row + (w0 + begin) * view.c + block.group * depth;
-    if (depth == view.c) {
-      std::copy_n(in, (end - begin) * depth, out + begin * depth);
-    } else {
-      for (int64_t w = begin; w < end; ++w) std::copy_n(in + (w - begin) * view.c, depth, out + w * depth);
-    }
-    std::fill_n(out + end * depth, (width - end) * depth, 0.0f);
-  }
-}
-
-// The n rows of a tile where they lie, or a copy where it reaches over the edge of the image.
-TileRows rows_in_place(const TransformLaunch& launch, const Block& block, int64_t n, int64_t h0, int64_t w0,
-                       const Scratch& scratch) {
-  const TensorView& view = launch.source.view;
-  const int64_t depth = launch.plan->depth();
-  const int64_t edge = launch.plan->transform.n;
-  const float* data = view.as<float>() + block.group * depth;
-  TileRows tile{{}, view.stride_w};
-  const bool inside = w0 >= 0 && w0 + edge <= view.w;
-  if (!inside) tile.pixel_step = depth;
-  for (int64_t i = 0; i < edge; ++i) {
-    const int64_t h = h0 + i;
-    if (h < 0 || h >= view.h) {
-      tile.rows[i] = scratch.zeros;
-    } else if (inside) {
-      tile.rows[i] = data + view.offset(n, h, w0);
-    } else {
-      float* out = scratch.tile + i * edge * depth;
-      tile.rows[i] = out;
-      for (int64_t j = 0; j < edge; ++j, out += depth) {
-        if (w0 + j < 0 || w0 + j >= view.w) {
-          std::fill_n(out, depth, 0.0f);
-        } else {
-          std::copy_n(data + view.offset(n, h, w0 + j), depth, out);
-        }
-      }
-    }
-  }
-  return tile;
-}
-
 void transform_tile(const Plan& plan, const Extents& e, const TileRows& tile, int64_t t, char* v) {
   const TransformPlan& transform = plan.transform;
   if (transform.terms > 0) {
@@ -171,31 +91,22 @@ void transform_tile(const Plan& plan, const Extents& e, const TileRows& tile, in
 
 // Tiles [begin, end) of a block, whole rows of the microkernels.
 void transform_input(const TransformLaunch& launch, const Block& block, const Extents& e, int64_t begin, int64_t end,
-                     char* v, const Scratch& scratch) {
+                     char* v, TileReader& reader) {
   const Plan& plan = *launch.plan;
   const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
   const Tiles tiles(plan, phase);
-  const int64_t off_h = phase.taps.front().off_h;
-  const int64_t off_w = phase.taps.front().off_w;
-  const int64_t width = tiles.cols * e.m + plan.transform.r - 1;
-  for (int64_t t = begin; t < std::min(end, block.count); ++t) {
+  const Tap& first_tap = phase.taps.front();
+  const int64_t channel = block.group * plan.depth();
+  for (int64_t t = begin; t < end; ++t) {
+    // Past the block, the last rows of a microkernel: zeros, so that no value of an earlier call slows it down.
     const int64_t tile = block.first + t;
-    const int64_t n = tile / (tiles.cols * tiles.rows);
-    const int64_t h0 = tile / tiles.cols % tiles.rows * e.m + off_h;
-    const int64_t col = tile % tiles.cols * e.m;
-    TileRows rows{{}, plan.depth()};
-    if (scratch.rows == nullptr) {
-      rows = rows_in_place(launch, block, n, h0, col + off_w, scratch);
-    } else {
-      if (t == begin || col == 0) stage_rows(launch, block, n, h0, off_w, width, scratch);
-      for (int64_t i = 0; i < e.n; ++i) rows.rows[i] = scratch.rows + (i * width + col) * plan.depth();
-    }
-    transform_tile(plan, e, rows, t, v);
+    transform_tile(plan, e,
+                   t >= block.count ? reader.zeros()
+                                    : reader.read(tile / (tiles.cols * tiles.rows),
+                                                  tile / tiles.cols % tiles.rows * e.m + first_tap.off_h,
+                                                  tile % tiles.cols * e.m + first_tap.off_w, channel, plan.depth()),
+                   t, v);
   }
-  // The last rows of a microkernel: zeros, so that no value of an earlier call slows it down.
-  TileRows zeros{{}, 0};
-  for (int64_t i = 0; i < e.n; ++i) zeros.rows[i] = scratch.zeros;
-  for (int64_t t = std::max(begin, block.count); t < end; ++t) transform_tile(plan, e, zeros, t, v);
 }
 
 // Products of the block's panels with tiles of floats.
@@ -362,7 +273,7 @@ void launch_transform(const TransformLaunch& launch, const Executor& executor) {
   const auto scratch_of = [&](int64_t worker) {
     Arena arena(workers + worker * measure.used());
     Scratch scratch(plan, launch.source, direct, arena);
-    std::fill_n(scratch.zeros, zeros_size(plan, launch.source), 0.0f);
+    scratch.reader.clear();
     return scratch;
   };
   const int64_t row_multiple = plan.transform.terms > 0 ? kTileRows : kTransformRows;
@@ -370,15 +281,16 @@ void launch_transform(const TransformLaunch& launch, const Executor& executor) {
   if (!shares_input(plan)) {
     for_each_task(executor, static_cast<int64_t>(blocks.size()), [&](int64_t task, int64_t worker) {
       const Block& block = blocks[static_cast<size_t>(task)];
-      const Scratch scratch = scratch_of(worker);
-      transform_input(launch, block, e, 0, round_up(block.count, row_multiple), scratch.v, scratch);
+      Scratch scratch = scratch_of(worker);
+      transform_input(launch, block, e, 0, round_up(block.count, row_multiple), scratch.v, scratch.reader);
       run_panels(launch, e, block, scratch.v, scratch);
     });
     return;
   }
   for (const Block& block : blocks) {
     for_each_task(executor, ceil_div(block.count, row_multiple), [&](int64_t task, int64_t worker) {
-      transform_input(launch, block, e, task * row_multiple, (task + 1) * row_multiple, shared, scratch_of(worker));
+      Scratch scratch = scratch_of(worker);
+      transform_input(launch, block, e, task * row_multiple, (task + 1) * row_multiple, shared, scratch.reader);
     });
     for_each_task(executor, plan.transform.column_splits, [&](int64_t task, int64_t worker) {
       Block part = block;

@@ -67,7 +67,9 @@ void pack_transform_filter(const Plan& plan, const TransformFilter& layout, cons
       float* u = reinterpret_cast<float*>(out) + begin * row;
       const int64_t vector = transform_ukernels(plan.isa).vector_length;
       for (int64_t c = 0; c < count; ++c) {
-        codelets.filter(gathered + c * width, transform.r, count * width, width, u + c * row, layout.frequency / 4,
+        const float* rows[kMaxTransformN];
+        for (int64_t i = 0; i < transform.r; ++i) rows[i] = gathered + (i * transform.r * count + c) * width;
+        codelets.filter(rows, transform.r, count * width, width, u + c * row, layout.frequency / 4,
                         vector * transform.parts);
       }
       return;

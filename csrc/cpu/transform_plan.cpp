@@ -8,6 +8,8 @@
 namespace segpose {
 namespace {
 
+// F(4 x 4, r x r); a wgrad uses F(r x r, 4 x 4).
+constexpr int64_t kWinogradOutputs = 4;
 // Fewer channels leave the GEMMs too small.
 constexpr int64_t kLeastChannels = 16;
 // A block's transformed inputs and products, V and P, with float operands: 24 tiles of 64 channels run 1.8 times as
@@ -140,7 +142,8 @@ TransformCandidate plan_winograd(const TransformQuery& query) {
   const TransformUkernels& kernels = transform_ukernels(query.isa);
   TransformCandidate best;
   for (int64_t i = 0; i < kernels.count; ++i) {
-    if (kernels.codelets[i].taps != edge) continue;
+    const TransformCodelets& codelet = kernels.codelets[i];
+    if (codelet.taps != edge || codelet.n != kWinogradOutputs + edge - 1) continue;
     for (const int64_t terms : {int64_t{0}, query.terms}) {
       if (terms > 0 && split_transform(query.isa, static_cast<int>(edge)) == nullptr) continue;
       const TransformCandidate candidate = plan_codelet(query, i, edge, terms);

@@ -26,9 +26,9 @@ struct TransformCodelets {
   // rows: n rows of the tile, whose pixels lie `pixel_step` apart. Writes v[frequency][line][parts][vector].
   void (*input)(const float* const* rows, int64_t pixel_step, int64_t channels, float* v, int64_t frequency_step,
                 int64_t line_step);
-  // w[tap * tap_step + column], r * r taps, to u[frequency][line][parts][vector]; whole vectors of columns.
-  void (*filter)(const float* w, int64_t r, int64_t tap_step, int64_t columns, float* u, int64_t frequency_step,
-                 int64_t line_step);
+  // rows: r rows of taps, `tap_step` apart. Writes u[frequency][line][parts][vector].
+  void (*filter)(const float* const* rows, int64_t r, int64_t tap_step, int64_t columns, float* u,
+                 int64_t frequency_step, int64_t line_step);
   // p[frequency][line][parts][vector] to m * m pixels, null where there is none, with the epilogue.
   void (*output)(const float* p, int64_t m, int64_t frequency_step, int64_t line_step, int64_t columns,
                  const Epilogue& epilogue, const float* bias, float* const* out);
@@ -50,7 +50,7 @@ struct PanelTile {
   void (*run)(const PanelArgs&);
 };
 
-constexpr int kMaxTransforms = 8;
+constexpr int kMaxTransforms = 10;
 constexpr int kMaxTransformN = 20;
 constexpr int kPanelHeights = 3;
 // Every tile height is a multiple of this.

@@ -79,8 +79,10 @@ void split_filter(const float* w, char* u, int64_t term_step, int64_t frequency_
   constexpr int64_t kTapStep = kTileDepth * kTileColumns;
   for (int pair = 0; pair < kTileDepth / 2; ++pair, w += 2 * kTileColumns, u += 64) {
     Vector half[2][F::kN * F::kR];
-    filter_columns<F>(w, kTapStep, half[0]);
-    filter_columns<F>(w + kTileColumns, kTapStep, half[1]);
+    const float* rows[F::kR];
+    for (int i = 0; i < F::kR; ++i) rows[i] = w + i * F::kR * kTapStep;
+    filter_columns<F>(rows, kTapStep, 0, kTileColumns, half[0]);
+    filter_columns<F>(rows, kTapStep, kTileColumns, kTileColumns, half[1]);
     char* out = u;
     SEGPOSE_KEEP_LOOP
     for (int i = 0; i < F::kN; ++i) {

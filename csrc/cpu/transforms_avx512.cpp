@@ -19,8 +19,8 @@ namespace segpose::avx512 {
 // clang-format on
 
 const TransformUkernels kTransforms = {Simd<float>::kLength,
-                                       6,
-                                       {winograd_entry<F43>(), winograd_entry<F42>(), fourier_entry<14>(),
+                                       8,
+                                       {winograd_entry<F43>(), winograd_entry<F42>(), winograd_entry<F34>(), winograd_entry<F24>(), fourier_entry<14>(),
                                         fourier_entry<16>(), fourier_entry<18>(), fourier_entry<20>()},
                                        2,
                                        {panel_entry<12, 2>(), panel_entry<8, 2>(), panel_entry<4, 2>()},

@@ -83,6 +83,67 @@ struct F42 {
   }
 };
 
+// A wgrad correlates the inputs of a tile with the m x m gradients of its outputs, which gives r x r: the exact adjoint,
+// with the same input transform, the transposed output transform on the gradient and the transposed filter transform
+// on the sums.
+struct F34 {
+  static constexpr int kM = 3, kR = 4, kN = 6;
+
+  template <class V>
+  SEGPOSE_INLINE static void input(const V (&d)[kN], V (&o)[kN]) {
+    F43::input(d, o);
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void filter(const V (&g)[kR], V (&o)[kN]) {
+    const V even1 = g[0] + g[2];
+    const V odd1 = g[1] + g[3];
+    const V even2 = g[0] + 4 * g[2];
+    const V odd2 = 2 * g[1] + 8 * g[3];
+    o[0] = g[0];
+    o[1] = even1 + odd1;
+    o[2] = even1 - odd1;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+    o[5] = g[3];
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void output(const V (&p)[kN], V (&o)[kM]) {
+    const V sum1 = (p[1] + p[2]) * (-1.f / 6);
+    const V sum2 = p[3] + p[4];
+    o[0] = p[0] * 0.25f + sum1 + sum2 * (1.f / 24);
+    o[1] = (p[2] - p[1]) * (1.f / 6) + (p[3] - p[4]) * (1.f / 12);
+    o[2] = sum1 + sum2 * (1.f / 6) + p[5];
+  }
+};
+
+struct F24 {
+  static constexpr int kM = 2, kR = 4, kN = 5;
+
+  template <class V>
+  SEGPOSE_INLINE static void input(const V (&d)[kN], V (&o)[kN]) {
+    F42::input(d, o);
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void filter(const V (&g)[kR], V (&o)[kN]) {
+    const V even = g[0] + g[2];
+    const V odd = g[1] + g[3];
+    o[0] = g[0];
+    o[1] = even + odd;
+    o[2] = even - odd;
+    o[3] = g[0] + 2 * g[1] + 4 * g[2] + 8 * g[3];
+    o[4] = g[3];
+  }
+
+  template <class V>
+  SEGPOSE_INLINE static void output(const V (&p)[kN], V (&o)[kM]) {
+    o[0] = (p[0] - p[1]) * 0.5f + (p[3] - p[2]) * (1.f / 6);
+    o[1] = p[1] * -0.5f + p[2] * (1.f / 6) + p[3] * (1.f / 3) + p[4];
+  }
+};
+
 SEGPOSE_INLINE Simd<float>::Vector load_lanes(const float* source, int64_t count) {
   constexpr int kLength = Simd<float>::kLength;
   if (count >= kLength) return load<float>(source);
@@ -130,29 +191,30 @@ void winograd_input(const float* const* rows, int64_t pixel_step, int64_t channe
   }
 }
 
-// The columns of a line's r x r taps, `tap_step` apart.
+// The columns of a line's r x r taps.
 template <class F>
-SEGPOSE_INLINE void filter_columns(const float* w, int64_t tap_step, Simd<float>::Vector (&half)[F::kN * F::kR]) {
+SEGPOSE_INLINE void filter_columns(const float* const* rows, int64_t tap_step, int64_t column, int64_t count,
+                                   Simd<float>::Vector (&half)[F::kN * F::kR]) {
   using Vector = Simd<float>::Vector;
   SEGPOSE_KEEP_LOOP
   for (int j = 0; j < F::kR; ++j) {
-    Vector column[F::kR];
+    Vector taps[F::kR];
     Vector result[F::kN];
     SEGPOSE_UNROLL
-    for (int i = 0; i < F::kR; ++i) column[i] = load<float>(w + (i * F::kR + j) * tap_step);
-    F::filter(column, result);
+    for (int i = 0; i < F::kR; ++i) taps[i] = load_lanes(rows[i] + column + j * tap_step, count);
+    F::filter(taps, result);
     SEGPOSE_UNROLL
     for (int i = 0; i < F::kN; ++i) half[i * F::kR + j] = result[i];
   }
 }
 
 template <class F>
-void winograd_filter(const float* w, int64_t, int64_t tap_step, int64_t columns, float* u, int64_t frequency_step,
-                     int64_t line_step) {
+void winograd_filter(const float* const* rows, int64_t, int64_t tap_step, int64_t columns, float* u,
+                     int64_t frequency_step, int64_t line_step) {
   using Vector = Simd<float>::Vector;
   for (int64_t column = 0; column < columns; column += Simd<float>::kLength, u += line_step) {
     Vector half[F::kN * F::kR];
-    filter_columns<F>(w + column, tap_step, half);
+    filter_columns<F>(rows, tap_step, column, columns - column, half);
     float* out = u;
     SEGPOSE_KEEP_LOOP
     for (int i = 0; i < F::kN; ++i) {

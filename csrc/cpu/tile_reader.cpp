@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "tile_reader.h"
+
+#include <algorithm>
+
+namespace segpose {
+namespace {
+
+// Pixels further apart than this would need a wide row of zeros for those outside the image.
+constexpr int64_t kMostSpread = 4;
+
+}  // namespace
+
+TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, Arena& arena)
+    : isa_(isa), source_(source), edge_(edge) {
+  const TensorView& view = source.view;
+  const bool direct = source.in_place(DType::float32) && view.stride_w <= kMostSpread * view.c;
+  const int64_t spread = direct ? kMostSpread : 1;
+  zeros_size_ = (edge * spread + 1) * view.c;
+  zeros_ = arena.take<float>(zeros_size_);
+  if (direct) {
+    tile_ = arena.take<float>(edge * edge * view.c);
+  } else {
+    band_ = arena.take<float>(edge * (view.w + 2 * edge) * view.c);
+    row_ = arena.take<float>(source_row_scratch(source));
+  }
+}
+
+void TileReader::clear() const { std::fill_n(zeros_, zeros_size_, 0.0f); }
+
+TileRows TileReader::zeros() const {
+  TileRows tile{{}, 0};
+  std::fill_n(tile.rows, edge_, zeros_);
+  return tile;
+}
+
+TileRows TileReader::read(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) {
+  const TensorView& view = source_.view;
+  if (h + edge_ <= 0 || h >= view.h || w + edge_ <= 0 || w >= view.w) return zeros();
+  return band_ == nullptr ? in_place(image, h, w, channel, channels) : staged(image, h, w, channel);
+}
+
+TileRows TileReader::staged(int64_t image, int64_t h, int64_t w, int64_t channel) {
+  const TensorView& view = source_.view;
+  const int64_t width = (view.w + 2 * edge_) * view.c;
+  if (image != band_image_ || h != band_h_) {
+    for (int64_t i = 0; i < edge_; ++i) {
+      float* out = band_ + i * width;
+      const int64_t margin = edge_ * view.c;
+      if (h + i < 0 || h + i >= view.h) {
+        std::fill_n(out, width, 0.0f);
+        continue;
+      }
+      load_source_row(ukernels<float>(isa_), source_, image, h + i, row_);
+      std::fill_n(out, margin, 0.0f);
+      std::copy_n(row_, view.w * view.c, out + margin);
+      std::fill_n(out + width - margin, margin, 0.0f);
+    }
+    band_image_ = image;
+    band_h_ = h;
+  }
+  TileRows tile{{}, view.c};
+  for (int64_t i = 0; i < edge_; ++i) tile.rows[i] = band_ + i * width + (w + edge_) * view.c + channel;
+  return tile;
+}
+
+TileRows TileReader::in_place(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) const {
+  const TensorView& view = source_.view;
+  const float* data = view.as<float>() + channel;
+  const bool inside = w >= 0 && w + edge_ <= view.w;
+  TileRows tile{{}, inside ? view.stride_w : channels};
+  for (int64_t i = 0; i < edge_; ++i) {
+    if (h + i < 0 || h + i >= view.h) {
+      tile.rows[i] = zeros_;
+    } else if (inside) {
+      tile.rows[i] = data + view.offset(image, h + i, w);
+    } else {
+      float* out = tile_ + i * edge_ * channels;
+      tile.rows[i] = out;
+      for (int64_t j = 0; j < edge_; ++j, out += channels) {
+        if (w + j < 0 || w + j >= view.w) {
+          std::fill_n(out, channels, 0.0f);
+        } else {
+          std::copy_n(data + view.offset(image, h + i, w + j), channels, out);
+        }
+      }
+    }
+  }
+  return tile;
+}
+
+}  // namespace segpose
