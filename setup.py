@@ -47,6 +47,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/tile_reader.cpp",
     "csrc/cpu/transform_conv.cpp",
     "csrc/cpu/transform_filter.cpp",
+    "csrc/cpu/transform_wgrad.cpp",
     "csrc/cpu/wgrad.cpp",
 ]
 

@@ -63,6 +63,11 @@ DType parse_dtype(const std::string& name) {
 // Rows and columns of the widest microkernel that the plan uses.
 std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
   if (plan.algorithm == Algorithm::split) return {2 * kTileRows, 2 * kTileColumns};
+  if (plan.packs_source() && plan.pass == Pass::wgrad) {
+    const TransformUkernels& kernels = transform_ukernels(plan.isa);
+    const ReduceTile& tile = plan.transform.parts == 2 ? kernels.reduce_complex : kernels.reduce_real;
+    return {tile.mr, tile.vectors * kernels.vector_length};
+  }
   if (plan.packs_source()) {
     return {plan.transform.terms > 0 ? 2 * kTileRows : kTransformRows, plan.transform.panel_columns};
   }

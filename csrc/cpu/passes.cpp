@@ -9,6 +9,7 @@
 #include "split_wgrad.h"
 #include "staging.h"
 #include "transform_conv.h"
+#include "transform_wgrad.h"
 #include "wgrad.h"
 
 namespace segpose {
@@ -231,6 +232,7 @@ void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& ex
 
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {
   if (pass.plan->algorithm == Algorithm::split) return split_wgrad_workspace(pass, workers);
+  if (pass.plan->packs_source()) return transform_wgrad_workspace(pass, workers);
   return dispatch_compute(pass.plan->dtype, [&](auto zero) {
     Arena arena(nullptr);
     WgradBuffers<decltype(zero)> buffers(pass, workers, arena);
@@ -240,6 +242,7 @@ int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {
 
 void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& executor) {
   if (pass.plan->algorithm == Algorithm::split) return run_split_wgrad(pass, workspace, executor);
+  if (pass.plan->packs_source()) return run_transform_wgrad(pass, workspace, executor);
   dispatch_compute(pass.plan->dtype, [&](auto zero) { run_wgrad<decltype(zero)>(pass, workspace, executor); });
 }
 

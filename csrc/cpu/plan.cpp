@@ -172,14 +172,30 @@ double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
   return split.steps_issued * kTileCycles + (grad + source) * static_cast<double>(split.terms) * 2 * kSplitCycles;
 }
 
+// Transforms compute in float32 and round more than one bfloat16 term may.
+bool may_transform(const Plan& plan, Precision precision) {
+  return precision != Precision::exact && plan.dtype != DType::float64 && usable_terms(plan, precision) != 1;
+}
+
 void choose_wgrad(Plan& plan, Precision precision, Choice& choice) {
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = 0.5 * plan.problem.flops() * multiply_add_cycles(plan.isa);
+  if (plan.problem.n == 0) return;
   const int64_t terms = usable_terms(plan, precision);
-  if (terms == 0 || plan.problem.n == 0) return;
-  const SplitWgradPlan split = plan_split_wgrad(plan.problem, plan.phases.front(), terms);
-  if (choice.takes(Algorithm::split, split_wgrad_cycles(plan, split))) plan.split_wgrad = split;
+  if (terms > 0) {
+    const SplitWgradPlan split = plan_split_wgrad(plan.problem, plan.phases.front(), terms);
+    if (choice.takes(Algorithm::split, split_wgrad_cycles(plan, split))) plan.split_wgrad = split;
+  }
+  if (!may_transform(plan, precision)) return;
+  const TransformWgradQuery query{&plan.phases.front(), plan.isa, plan.problem.n, plan.problem.groups,
+                                  plan.problem.c_per_group(), plan.problem.k_per_group()};
+  for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
+    const TransformCandidate candidate =
+        algorithm == Algorithm::winograd ? plan_winograd_wgrad(query) : plan_fourier_wgrad(query);
+    if (candidate.plan.n != 0 && choice.takes(algorithm, candidate.cycles)) plan.transform = candidate.plan;
+  }
 }
+
 
 // The supported algorithm with the fewest predicted cycles.
 void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& options) {
@@ -209,9 +225,8 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     const bool local = split.unit == kTileDepth || precision != Precision::exact;
     if (local) choice.takes(Algorithm::split, split_gather_cycles(plan, split));
   }
-  // Transforms compute in float32 and round more than one bfloat16 term may.
   const TransformQuery query{&plan.phases, plan.isa, plan.problem.n, plan.problem.groups, columns, depth, terms};
-  if (precision != Precision::exact && plan.dtype != DType::float64 && terms != 1) {
+  if (may_transform(plan, precision)) {
     for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
       const TransformCandidate candidate =
           algorithm == Algorithm::winograd ? plan_winograd(query) : plan_fourier(query);
@@ -359,6 +374,10 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
   choose_algorithm(plan, widths, options);
   if (pass == Pass::wgrad && plan.algorithm == Algorithm::split) {
     plan.block_m = plan.split_wgrad.images * plan.split_wgrad.rows * problem.q;
+    plan.k_chunk = plan.block_m;
+    plan.splits = 1;
+  } else if (pass == Pass::wgrad && plan.packs_source()) {
+    plan.block_m = plan.transform.tiles;
     plan.k_chunk = plan.block_m;
     plan.splits = 1;
   } else if (pass == Pass::wgrad) {

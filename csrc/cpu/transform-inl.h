@@ -94,6 +94,73 @@ void panel_gemm_complex(const PanelArgs& args) {
 }
 
 template <int MR, int NV>
+void reduce_gemm(const ReduceArgs& args) {
+  constexpr int kLength = Simd<float>::kLength;
+  using Vector = Simd<float>::Vector;
+  Vector sums[MR][NV] = {};
+  const float* a = args.a;
+  const float* b = args.b;
+  for (int64_t t = 0; t < args.count; ++t, a += kLength, b += kLength) {
+    Vector row[NV];
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) row[v] = load<float>(b + v * args.b_line);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      const float value = a[m];
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      float* out = args.out + m * args.out_step + v * kLength;
+      store<float>(out, args.first ? sums[m][v] : load<float>(out) + sums[m][v]);
+    }
+  }
+}
+
+template <int MR>
+void reduce_gemm_complex(const ReduceArgs& args) {
+  constexpr int kLength = Simd<float>::kLength;
+  using Vector = Simd<float>::Vector;
+  Vector real[MR] = {};
+  Vector imaginary[MR] = {};
+  const float* a = args.a;
+  const float* b = args.b;
+  for (int64_t t = 0; t < args.count; ++t, a += 2 * kLength, b += 2 * kLength) {
+    const Vector br = load<float>(b);
+    const Vector bi = load<float>(b + kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      const float ar = a[m];
+      const float ai = a[kLength + m];
+      real[m] += ar * br;
+      imaginary[m] += ar * bi;
+      real[m] -= ai * bi;
+      imaginary[m] += ai * br;
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    float* out = args.out + m * args.out_step;
+    store<float>(out, args.first ? real[m] : load<float>(out) + real[m]);
+    store<float>(out + kLength, args.first ? imaginary[m] : load<float>(out + kLength) + imaginary[m]);
+  }
+}
+
+template <int MR, int NV>
+constexpr ReduceTile reduce_entry() {
+  return {MR, NV, reduce_gemm<MR, NV>};
+}
+
+template <int MR>
+constexpr ReduceTile reduce_complex_entry() {
+  return {MR, 1, reduce_gemm_complex<MR>};
+}
+
+template <int MR, int NV>
 constexpr PanelTile panel_entry() {
   return {MR, panel_gemm<MR, NV>};
 }

@@ -172,4 +172,68 @@ TransformCandidate plan_fourier(const TransformQuery& query) {
   return best;
 }
 
+namespace {
+
+TransformCandidate plan_wgrad_codelet(const TransformWgradQuery& query, int64_t codelet, int64_t adjoint, int64_t r) {
+  const TransformUkernels& kernels = transform_ukernels(query.isa);
+  const TransformCodelets& transform = kernels.codelets[codelet];
+  TransformCandidate candidate;
+  TransformPlan& plan = candidate.plan;
+  plan.n = transform.n;
+  plan.r = r;
+  plan.m = transform.n - r + 1;
+  plan.frequencies = transform.frequencies;
+  plan.parts = transform.parts;
+  plan.codelet = codelet;
+  plan.adjoint = adjoint;
+  const int64_t vector = kernels.vector_length;
+  const int64_t channels = round_up(query.channels, vector);
+  const int64_t filters = round_up(query.filters, (plan.parts == 2 ? 1 : kernels.reduce_real.vectors) * vector);
+  const int64_t elements = plan.frequencies * plan.parts;
+  const int64_t tiles = query.images * ceil_div(query.phase->rows, plan.m) * ceil_div(query.phase->cols, plan.m);
+  // The sums are read and written once per block.
+  plan.tiles = std::clamp(kMostBytes / (elements * (channels + filters) * 4), int64_t{32}, int64_t{512});
+  plan.tiles = std::clamp<int64_t>(tiles, 1, plan.tiles);
+  const double products = static_cast<double>(tiles * elements * plan.parts) * static_cast<double>(channels * filters);
+  const double sums = static_cast<double>(ceil_div(tiles, plan.tiles) * elements) *
+                      static_cast<double>(channels * filters * 8);
+  const double cycles = plan.parts == 2 ? kFourierCycles : kTransformCycles;
+  candidate.cycles = products / static_cast<double>(vector) * kVectorCycles + sums * kByteCycles +
+                     static_cast<double>(tiles * elements * (channels + filters) / vector) * cycles;
+  candidate.cycles *= static_cast<double>(query.groups);
+  return candidate;
+}
+
+bool too_small(const TransformWgradQuery& query) {
+  return query.channels < kLeastChannels || query.filters < kLeastChannels;
+}
+
+}  // namespace
+
+TransformCandidate plan_winograd_wgrad(const TransformWgradQuery& query) {
+  const int64_t edge = dense_edge(*query.phase);
+  if (too_small(query) || (edge != 2 && edge != 3)) return {};
+  const TransformUkernels& kernels = transform_ukernels(query.isa);
+  const int64_t n = kWinogradOutputs + edge - 1;
+  const auto find = [&](int64_t taps) {
+    int64_t i = 0;
+    while (kernels.codelets[i].n != n || kernels.codelets[i].taps != taps) ++i;
+    return i;
+  };
+  return plan_wgrad_codelet(query, find(edge), find(kWinogradOutputs), edge);
+}
+
+TransformCandidate plan_fourier_wgrad(const TransformWgradQuery& query) {
+  const int64_t edge = dense_edge(*query.phase);
+  if (too_small(query) || edge < 4) return {};
+  const TransformUkernels& kernels = transform_ukernels(query.isa);
+  TransformCandidate best;
+  for (int64_t i = 0; i < kernels.count; ++i) {
+    if (kernels.codelets[i].taps != 0 || 2 * (edge - 1) > kernels.codelets[i].n) continue;
+    const TransformCandidate candidate = plan_wgrad_codelet(query, i, i, edge);
+    if (best.plan.n == 0 || candidate.cycles < best.cycles) best = candidate;
+  }
+  return best;
+}
+
 }  // namespace segpose

@@ -16,6 +16,7 @@ struct TransformPlan {
   int64_t r = 0;  // edge of the filter
   int64_t frequencies = 0, parts = 1;
   int64_t codelet = 0;  // index into TransformUkernels::codelets
+  int64_t adjoint = 0;  // wgrad: the codelet that takes the gradient for a filter and gives the taps
   int64_t terms = 0;    // of a split GEMM, or 0 for float
   int64_t tiles = 0;    // of a block, whole tiles of rows
   int64_t panel_columns = 0;
@@ -42,6 +43,16 @@ struct TransformCandidate {
 // edge at unit stride; the taps of the phases must be sorted by row and column.
 TransformCandidate plan_winograd(const TransformQuery& query);
 TransformCandidate plan_fourier(const TransformQuery& query);
+
+// The fastest wgrad, over the phase of the forward convolution.
+struct TransformWgradQuery {
+  const Phase* phase;
+  Isa isa;
+  int64_t images, groups, channels, filters;
+};
+
+TransformCandidate plan_winograd_wgrad(const TransformWgradQuery& query);
+TransformCandidate plan_fourier_wgrad(const TransformWgradQuery& query);
 
 // The same transform with its work cut for so many threads.
 TransformPlan cut_for_threads(const TransformPlan& plan, TransformQuery query, int64_t threads);

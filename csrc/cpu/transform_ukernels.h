@@ -50,6 +50,23 @@ struct PanelTile {
   void (*run)(const PanelArgs&);
 };
 
+// out[row][column] = (first ? 0 : out) + sum over tiles of a[tile][row] * b[tile][column].
+struct ReduceArgs {
+  const float* a;  // [tile][parts][vector], from the first of the rows on
+  const float* b;  // [line][tile][parts][vector]
+  int64_t b_line;
+  int64_t count;   // of tiles
+  float* out;      // [row][line][parts][vector], rows `out_step` apart
+  int64_t out_step;
+  bool first;
+};
+
+struct ReduceTile {
+  int mr;       // divides the vector length
+  int vectors;  // of columns
+  void (*run)(const ReduceArgs&);
+};
+
 constexpr int kMaxTransforms = 10;
 constexpr int kMaxTransformN = 20;
 constexpr int kPanelHeights = 3;
@@ -63,6 +80,8 @@ struct TransformUkernels {
   int vectors;                    // of columns of a real panel; a complex one has one
   PanelTile real[kPanelHeights];  // tall to low
   PanelTile complex[kPanelHeights];
+  ReduceTile reduce_real;
+  ReduceTile reduce_complex;
 };
 
 const TransformUkernels& transform_ukernels(Isa isa);

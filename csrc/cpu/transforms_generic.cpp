@@ -19,7 +19,9 @@ const TransformUkernels kTransforms = {Simd<float>::kLength,
                                         fourier_entry<16>(), fourier_entry<18>(), fourier_entry<20>()},
                                        2,
                                        {panel_entry<4, 2>()},
-                                       {panel_complex_entry<4>()}};
+                                       {panel_complex_entry<4>()},
+    reduce_entry<4, 2>(),
+    reduce_complex_entry<4>()};
 
 }  // namespace segpose::generic
 
