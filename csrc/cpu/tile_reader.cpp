@@ -40,6 +40,22 @@ TileRows TileReader::read(int64_t image, int64_t h, int64_t w, int64_t channel, 
   return band_ == nullptr ? in_place(image, h, w, channel, channels) : staged(image, h, w, channel);
 }
 
+void TileReader::prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, int64_t channel,
+                          int64_t channels) const {
+  const TensorView& view = source_.view;
+  if (band_ != nullptr) return;
+  constexpr int64_t kLine = 16;
+  const float* data = view.as<float>() + channel;
+  const int64_t begin = std::max<int64_t>(w + edge_ - columns, 0);
+  const int64_t end = std::min(w + edge_, view.w);
+  for (int64_t i = std::max<int64_t>(-h, 0); i < std::min(edge_, view.h - h); ++i) {
+    for (int64_t j = begin; j < end; ++j) {
+      const float* pixel = data + view.offset(image, h + i, j);
+      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
+    }
+  }
+}
+
 TileRows TileReader::staged(int64_t image, int64_t h, int64_t w, int64_t channel) {
   const TensorView& view = source_.view;
   const int64_t width = (view.w + 2 * edge_) * view.c;

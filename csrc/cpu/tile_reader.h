@@ -24,6 +24,8 @@ class TileReader {
   // The tile whose first pixel is (h, w), which may lie outside, from a channel on. Valid until the next call.
   TileRows read(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels);
   TileRows zeros() const;
+  // Asks for the last `columns` of a tile that is read soon: its pixels lie apart, where the hardware sees no stream.
+  void prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, int64_t channel, int64_t channels) const;
 
  private:
   TileRows staged(int64_t image, int64_t h, int64_t w, int64_t channel);

@@ -23,6 +23,11 @@ constexpr int64_t kFilterInL2 = 1024 << 10;
 constexpr int64_t kSplitBlockBytes = 768 << 10;
 constexpr int64_t kMostSplitTiles = 192;
 constexpr int64_t kMostBytes = 16 << 20;
+// wgrad: sums of a block of channels and filters, and its transformed tiles, which stay in L2 together.
+constexpr int64_t kSumsBytes = 1200 << 10;
+constexpr int64_t kTransformedBytes = 640 << 10;
+// Tasks that tiles are split for; fixed, so that a sum does not depend on the threads.
+constexpr int64_t kWgradTasks = 8;
 // Cycles: of a multiply-add vector and of a tile product at the rate the GEMMs reach, of a byte from beyond L2, and of
 // a transformed vector with its share of the transform.
 constexpr double kVectorCycles = 0.6;
@@ -187,19 +192,28 @@ TransformCandidate plan_wgrad_codelet(const TransformWgradQuery& query, int64_t 
   plan.codelet = codelet;
   plan.adjoint = adjoint;
   const int64_t vector = kernels.vector_length;
+  const int64_t panel = (plan.parts == 2 ? kernels.reduce_complex : kernels.reduce_real).vectors * vector;
   const int64_t channels = round_up(query.channels, vector);
-  const int64_t filters = round_up(query.filters, (plan.parts == 2 ? 1 : kernels.reduce_real.vectors) * vector);
+  const int64_t filters = round_up(query.filters, panel);
   const int64_t elements = plan.frequencies * plan.parts;
   const int64_t tiles = query.images * ceil_div(query.phase->rows, plan.m) * ceil_div(query.phase->cols, plan.m);
-  // The sums are read and written once per block.
-  plan.tiles = std::clamp(kMostBytes / (elements * (channels + filters) * 4), int64_t{32}, int64_t{512});
-  plan.tiles = std::clamp<int64_t>(tiles, 1, plan.tiles);
+  const int64_t area = kSumsBytes / (4 * elements);
+  plan.channel_block = std::min(channels, plan.parts == 2 ? 2 * vector : round_up(64, vector));
+  plan.filter_block = std::clamp(area / plan.channel_block / panel * panel, panel, filters);
+  // Blocks of the same size.
+  const int64_t filter_blocks = ceil_div(filters, plan.filter_block);
+  plan.filter_block = round_up(ceil_div(filters, filter_blocks), panel);
+  const int64_t channel_blocks = ceil_div(channels, plan.channel_block);
+  plan.tiles = kTransformedBytes / (elements * (plan.channel_block + plan.filter_block) * 4);
+  plan.tiles = std::clamp<int64_t>(plan.tiles, 4, std::max<int64_t>(tiles, 4));
+  const int64_t blocks = channel_blocks * filter_blocks * query.groups;
+  plan.tile_splits = std::clamp<int64_t>(kWgradTasks / blocks, 1, ceil_div(tiles, plan.tiles));
   const double products = static_cast<double>(tiles * elements * plan.parts) * static_cast<double>(channels * filters);
-  const double sums = static_cast<double>(ceil_div(tiles, plan.tiles) * elements) *
-                      static_cast<double>(channels * filters * 8);
   const double cycles = plan.parts == 2 ? kFourierCycles : kTransformCycles;
-  candidate.cycles = products / static_cast<double>(vector) * kVectorCycles + sums * kByteCycles +
-                     static_cast<double>(tiles * elements * (channels + filters) / vector) * cycles;
+  const double transforms = static_cast<double>(tiles * elements) *
+                            static_cast<double>(channels * filter_blocks + filters * channel_blocks);
+  const double sums = static_cast<double>(plan.tile_splits * elements * channels * filters);
+  candidate.cycles = (products * kVectorCycles + (transforms + 2 * sums) * cycles) / static_cast<double>(vector);
   candidate.cycles *= static_cast<double>(query.groups);
   return candidate;
 }

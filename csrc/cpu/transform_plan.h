@@ -16,7 +16,11 @@ struct TransformPlan {
   int64_t r = 0;  // edge of the filter
   int64_t frequencies = 0, parts = 1;
   int64_t codelet = 0;  // index into TransformUkernels::codelets
-  int64_t adjoint = 0;  // wgrad: the codelet that takes the gradient for a filter and gives the taps
+  // wgrad: the codelet that takes the gradient for a filter and gives the taps, the channels and filters of a task, and
+  // the pieces of the tiles, whose sums are added in order.
+  int64_t adjoint = 0;
+  int64_t channel_block = 0, filter_block = 0;
+  int64_t tile_splits = 1;
   int64_t terms = 0;    // of a split GEMM, or 0 for float
   int64_t tiles = 0;    // of a block, whole tiles of rows
   int64_t panel_columns = 0;
