@@ -160,12 +160,12 @@ PYBIND11_MODULE(_plan, m) {
   m.def(
       "plan",
       [](const ConvProblem& problem, const std::string& op, const std::string& dtype, std::optional<std::string> isa,
-         const std::string& precision, const std::string& algorithm, int64_t threads) {
+         const std::string& precision, const std::string& algorithm, bool prepared, int64_t threads) {
         return plan_conv(problem, parse_pass(op), parse_dtype(dtype), isa ? parse_isa(*isa) : selected_isa(),
-                         {parse_precision(precision), parse_algorithm(algorithm), threads});
+                         {parse_precision(precision), parse_algorithm(algorithm), prepared, threads});
       },
       py::arg("problem"), py::arg("op") = "fprop", py::arg("dtype") = "float32", py::arg("isa") = std::nullopt,
-      py::arg("precision") = "highest", py::arg("algorithm") = "", py::arg("threads") = 1,
+      py::arg("precision") = "highest", py::arg("algorithm") = "", py::arg("prepared") = false, py::arg("threads") = 1,
       "The plan of one pass (fprop, dgrad, wgrad).");
   m.def("phases", &dgrad_phases, py::arg("problem"), "The dgrad phases of a problem, heaviest first.");
   m.def("cpu_features", [] {

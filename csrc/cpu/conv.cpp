@@ -100,8 +100,8 @@ void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weig
   run_gather_pass(request, workspace.data(), executor);
 }
 
-Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight) {
-  PlanOptions options{static_cast<Precision>(chosen_precision.load()), std::nullopt,
+Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, bool prepared = false) {
+  PlanOptions options{static_cast<Precision>(chosen_precision.load()), std::nullopt, prepared,
                       static_cast<int64_t>(torch::stable::get_num_threads())};
   const int forced = forced_algorithm;
   if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
@@ -130,7 +130,7 @@ Pass forward_pass(const ConvAttributes& attributes) { return attributes.transpos
 Tensor prepare_filter(const Tensor& weight, Ints input_shape, Ints stride, Ints padding, Ints output_padding,
                       Ints dilation, int64_t groups, bool transposed) {
   const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
-  const Plan plan = plan_for(make_problem(input_shape, weight, attributes), forward_pass(attributes), weight);
+  const Plan plan = plan_for(make_problem(input_shape, weight, attributes), forward_pass(attributes), weight, true);
   Tensor packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
   const Executor executor = torch_executor();
   const Workspace workspace(pack_workspace(plan, executor.workers), weight);
@@ -148,7 +148,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Plan plan = plan_for(problem, forward_pass(attributes), weight);
+    const Plan plan = plan_for(problem, forward_pass(attributes), weight, packed.has_value());
     STD_TORCH_CHECK(!packed.has_value() || packed->numel() == std::max<int64_t>(packed_filter_bytes(plan), 1),
                     "segpose: the filter was prepared for another problem");
     run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue,

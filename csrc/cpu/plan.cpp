@@ -35,6 +35,8 @@ constexpr double kPointerCycles = 0.7;
 constexpr double kTileCycles = 18;
 constexpr double kStoreCycles = 4;
 constexpr double kSplitCycles = 4;
+// Of packing 16 values of a filter into tiles.
+constexpr double kPackCycles = 25;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -151,7 +153,7 @@ struct Choice {
   }
 };
 
-double split_gather_cycles(const Plan& plan, const SplitPlan& split) {
+double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepared) {
   const ConvProblem& problem = plan.problem;
   const bool forward = plan.pass == Pass::fprop;
   double pixels = 0;
@@ -159,7 +161,8 @@ double split_gather_cycles(const Plan& plan, const SplitPlan& split) {
   const double source =
       static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
   const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
-  return split.steps_issued * kTileCycles +
+  const double filter = panels * static_cast<double>(plan.depth() * problem.taps() * problem.groups);
+  return split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
          static_cast<double>(problem.groups) *
              (pixels * panels * kStoreCycles +
               source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
@@ -187,15 +190,15 @@ void choose_wgrad(Plan& plan, Precision precision, Choice& choice) {
     if (choice.takes(Algorithm::split, split_wgrad_cycles(plan, split))) plan.split_wgrad = split;
   }
   if (!may_transform(plan, precision)) return;
-  const TransformWgradQuery query{&plan.phases.front(), plan.isa, plan.problem.n, plan.problem.groups,
-                                  plan.problem.c_per_group(), plan.problem.k_per_group()};
+  const TransformWgradQuery query{
+      &plan.phases.front(),      plan.isa, plan.problem.n, plan.problem.groups, plan.problem.c_per_group(),
+      plan.problem.k_per_group()};
   for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
     const TransformCandidate candidate =
         algorithm == Algorithm::winograd ? plan_winograd_wgrad(query) : plan_fourier_wgrad(query);
     if (candidate.plan.n != 0 && choice.takes(algorithm, candidate.cycles)) plan.transform = candidate.plan;
   }
 }
-
 
 // The supported algorithm with the fewest predicted cycles.
 void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& options) {
@@ -223,7 +226,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     const SplitPlan split = split_for(1);
     // A step of several taps multiplies neighbours by zero, which turns an infinity into NaN.
     const bool local = split.unit == kTileDepth || precision != Precision::exact;
-    if (local) choice.takes(Algorithm::split, split_gather_cycles(plan, split));
+    if (local) choice.takes(Algorithm::split, split_gather_cycles(plan, split, options.prepared));
   }
   const TransformQuery query{&plan.phases, plan.isa, plan.problem.n, plan.problem.groups, columns, depth, terms};
   if (may_transform(plan, precision)) {

@@ -83,6 +83,7 @@ enum class Precision { exact, highest, high, medium };
 struct PlanOptions {
   Precision precision = Precision::highest;
   std::optional<Algorithm> algorithm = std::nullopt;  // taken where it supports the problem
+  bool prepared = false;                              // filters are packed once: the cost does not count
   int64_t threads = 1;                                // decides how the work is cut, never what is computed
 };
 

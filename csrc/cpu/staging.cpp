@@ -197,7 +197,7 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
 #define SEGPOSE_INSTANTIATE(T)                                                                               \
   template void load_source_row<T>(const Ukernels<T>&, const MaskedSource&, int64_t, int64_t, T*);           \
   template void stage<T>(const Ukernels<T>&, const MaskedSource&, T*, const Executor&);                      \
-  template int64_t gradient_scratch<T>(const Ukernels<T>&, const TensorView&, int64_t);                                          \
+  template int64_t gradient_scratch<T>(const Ukernels<T>&, const TensorView&, int64_t);                      \
   template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);         \
   template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&, \
                                  const int64_t*, int64_t);

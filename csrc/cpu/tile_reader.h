@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Square tiles of a tensor as rows of float channels, zeros outside the image: read where they lie, copied at the edges,
-// or, from tensors of another layout or dtype, through a staged band of rows.
+// Square tiles of a tensor as rows of float channels, zeros outside the image: read where they lie, copied at the
+// edges, or, from tensors of another layout or dtype, through a staged band of rows.
 #pragma once
 
 #include "plan.h"

@@ -97,16 +97,16 @@ void transform_input(const TransformLaunch& launch, const Block& block, const Ex
   const Tiles tiles(plan, phase);
   const Tap& first_tap = phase.taps.front();
   const int64_t channel = block.group * plan.depth();
-  for (int64_t t = begin; t < end; ++t) {
-    // Past the block, the last rows of a microkernel: zeros, so that no value of an earlier call slows it down.
+  for (int64_t t = begin; t < std::min(end, block.count); ++t) {
     const int64_t tile = block.first + t;
-    transform_tile(plan, e,
-                   t >= block.count ? reader.zeros()
-                                    : reader.read(tile / (tiles.cols * tiles.rows),
-                                                  tile / tiles.cols % tiles.rows * e.m + first_tap.off_h,
-                                                  tile % tiles.cols * e.m + first_tap.off_w, channel, plan.depth()),
-                   t, v);
+    const int64_t image = tile / (tiles.cols * tiles.rows);
+    const int64_t h = tile / tiles.cols % tiles.rows * e.m + first_tap.off_h;
+    const int64_t w = tile % tiles.cols * e.m + first_tap.off_w;
+    reader.prefetch(image, h, w + e.m, e.m, channel, plan.depth());
+    transform_tile(plan, e, reader.read(image, h, w, channel, plan.depth()), t, v);
   }
+  // The last rows of a microkernel: zeros, so that no value of an earlier call slows it down.
+  for (int64_t t = std::max(begin, block.count); t < end; ++t) transform_tile(plan, e, reader.zeros(), t, v);
 }
 
 // Products of the block's panels with tiles of floats.

@@ -21,7 +21,7 @@ constexpr int64_t kMostTiles = 144;
 // of 128 channels run 1.3 times as fast as 32. A filter that fits leaves the rest of L2 to V and P.
 constexpr int64_t kFilterInL2 = 1024 << 10;
 constexpr int64_t kSplitBlockBytes = 768 << 10;
-constexpr int64_t kMostSplitTiles = 192;
+constexpr int64_t kMostSplitTiles = 256;
 constexpr int64_t kMostBytes = 16 << 20;
 // wgrad: sums of a block of channels and filters, and its transformed tiles, which stay in L2 together.
 constexpr int64_t kSumsBytes = 1200 << 10;
@@ -35,7 +35,9 @@ constexpr double kTileCycles = 22;
 constexpr double kByteCycles = 0.12;
 constexpr double kTransformCycles = 4;
 constexpr double kSplitTransformCycles = 9;
-constexpr double kFourierCycles = 9;
+constexpr double kFourierCycles = 15;
+constexpr double kFilterCycles = 14;
+constexpr double kSplitFilterCycles = 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -133,6 +135,10 @@ TransformCandidate plan_codelet(const TransformQuery& query, int64_t codelet, in
   cycles += tiles * static_cast<double>(elements) *
             (in * static_cast<double>(ceil_div(query.depth, vector)) +
              out * static_cast<double>(ceil_div(query.columns, vector)));
+  if (!query.prepared) {
+    const double each = terms > 0 ? kSplitFilterCycles : kFilterCycles;
+    cycles += static_cast<double>(elements * query.depth) * columns / static_cast<double>(vector) * each;
+  }
   candidate.cycles = cycles * static_cast<double>(query.groups);
   return candidate;
 }
@@ -210,8 +216,8 @@ TransformCandidate plan_wgrad_codelet(const TransformWgradQuery& query, int64_t 
   plan.tile_splits = std::clamp<int64_t>(kWgradTasks / blocks, 1, ceil_div(tiles, plan.tiles));
   const double products = static_cast<double>(tiles * elements * plan.parts) * static_cast<double>(channels * filters);
   const double cycles = plan.parts == 2 ? kFourierCycles : kTransformCycles;
-  const double transforms = static_cast<double>(tiles * elements) *
-                            static_cast<double>(channels * filter_blocks + filters * channel_blocks);
+  const double transforms =
+      static_cast<double>(tiles * elements) * static_cast<double>(channels * filter_blocks + filters * channel_blocks);
   const double sums = static_cast<double>(plan.tile_splits * elements * channels * filters);
   candidate.cycles = (products * kVectorCycles + (transforms + 2 * sums) * cycles) / static_cast<double>(vector);
   candidate.cycles *= static_cast<double>(query.groups);

@@ -21,8 +21,8 @@ struct TransformPlan {
   int64_t adjoint = 0;
   int64_t channel_block = 0, filter_block = 0;
   int64_t tile_splits = 1;
-  int64_t terms = 0;    // of a split GEMM, or 0 for float
-  int64_t tiles = 0;    // of a block, whole tiles of rows
+  int64_t terms = 0;  // of a split GEMM, or 0 for float
+  int64_t tiles = 0;  // of a block, whole tiles of rows
   int64_t panel_columns = 0;
   int64_t panels = 0;
   int64_t group_panels = 0;   // whose products stand side by side before they are transformed back
@@ -35,6 +35,7 @@ struct TransformQuery {
   Isa isa;
   int64_t images, groups, columns, depth;
   int64_t terms;  // of a split GEMM where the machine has one, else 0
+  bool prepared;  // the filter is transformed once and for all: its cost does not count
   int64_t threads = 1;
 };
 

@@ -55,8 +55,8 @@ struct ReduceArgs {
   const float* a;  // [tile][parts][vector], from the first of the rows on
   const float* b;  // [line][tile][parts][vector]
   int64_t b_line;
-  int64_t count;   // of tiles
-  float* out;      // [row][line][parts][vector], rows `out_step` apart
+  int64_t count;  // of tiles
+  float* out;     // [row][line][parts][vector], rows `out_step` apart
   int64_t out_step;
   bool first;
 };

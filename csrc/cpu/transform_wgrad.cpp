@@ -11,11 +11,11 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Extents in floats of a block of channels and filters. X: transformed tiles of the activation, G: of the gradient,
-// [frequency][line][tile][parts][vector]; S: sums [frequency][channel][filter line][parts][vector]. All three stay in L2:
-// tiles are transformed again for every block, which costs less than streaming the sums of all channels.
+// [frequency][line][tile][parts][vector]; S: sums [frequency][channel][filter line][parts][vector]. All three stay in
+// L2: tiles are transformed again for every block, which costs less than streaming the sums of all channels.
 struct Extents {
   int64_t vector, value, tiles;
-  int64_t channels, filters;              // of a group
+  int64_t channels, filters;  // of a group
   int64_t channel_blocks, filter_blocks;
   int64_t line, x_frequency, g_frequency, s_row, s_frequency, sums;
 
@@ -50,12 +50,9 @@ Block block_of(const Plan& plan, const Extents& e, int64_t index, int64_t split)
   const TransformPlan& t = plan.transform;
   const int64_t filter = index % e.filter_blocks * t.filter_block;
   const int64_t channel = index / e.filter_blocks % e.channel_blocks * t.channel_block;
-  return {index / (e.filter_blocks * e.channel_blocks),
-          channel,
-          std::min(t.channel_block, e.channels - channel),
-          filter,
-          std::min(t.filter_block, e.filters - filter),
-          split};
+  return {index / (e.filter_blocks * e.channel_blocks),    channel,
+          std::min(t.channel_block, e.channels - channel), filter,
+          std::min(t.filter_block, e.filters - filter),    split};
 }
 
 // What one worker needs.

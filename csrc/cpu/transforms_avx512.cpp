@@ -18,13 +18,14 @@ namespace segpose::avx512 {
 #include "fourier-inl.h"
 // clang-format on
 
-const TransformUkernels kTransforms = {Simd<float>::kLength,
-                                       8,
-                                       {winograd_entry<F43>(), winograd_entry<F42>(), winograd_entry<F34>(), winograd_entry<F24>(), fourier_entry<14>(),
-                                        fourier_entry<16>(), fourier_entry<18>(), fourier_entry<20>()},
-                                       2,
-                                       {panel_entry<12, 2>(), panel_entry<8, 2>(), panel_entry<4, 2>()},
-                                       {panel_complex_entry<12>(), panel_complex_entry<8>(), panel_complex_entry<4>()},
+const TransformUkernels kTransforms = {
+    Simd<float>::kLength,
+    8,
+    {winograd_entry<F43>(), winograd_entry<F42>(), winograd_entry<F34>(), winograd_entry<F24>(), fourier_entry<14>(),
+     fourier_entry<16>(), fourier_entry<18>(), fourier_entry<20>()},
+    2,
+    {panel_entry<12, 2>(), panel_entry<8, 2>(), panel_entry<4, 2>()},
+    {panel_complex_entry<12>(), panel_complex_entry<8>(), panel_complex_entry<4>()},
     reduce_entry<8, 2>(),
     reduce_complex_entry<8>()};
 

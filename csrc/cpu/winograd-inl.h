@@ -83,9 +83,9 @@ struct F42 {
   }
 };
 
-// A wgrad correlates the inputs of a tile with the m x m gradients of its outputs, which gives r x r: the exact adjoint,
-// with the same input transform, the transposed output transform on the gradient and the transposed filter transform
-// on the sums.
+// A wgrad correlates the inputs of a tile with the m x m gradients of its outputs, which gives r x r: the exact
+// adjoint, with the same input transform, the transposed output transform on the gradient and the transposed filter
+// transform on the sums.
 struct F34 {
   static constexpr int kM = 3, kR = 4, kN = 6;
 

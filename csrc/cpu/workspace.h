@@ -35,8 +35,8 @@ inline void advise_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes
 }
 
 inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
-  torch::stable::Tensor tensor = torch::stable::empty({std::max<int64_t>(bytes, 1)},
-                                                      torch::headeronly::ScalarType::Byte, std::nullopt, device);
+  torch::stable::Tensor tensor =
+      torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
   advise_huge_pages(tensor, bytes);
   return tensor;
 }
