@@ -228,7 +228,8 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     const bool local = split.unit == kTileDepth || precision != Precision::exact;
     if (local) choice.takes(Algorithm::split, split_gather_cycles(plan, split, options.prepared));
   }
-  const TransformQuery query{&plan.phases, plan.isa, plan.problem.n, plan.problem.groups, columns, depth, terms};
+  const TransformQuery query{&plan.phases, plan.isa, plan.problem.n, plan.problem.groups,
+                             columns,      depth,    terms,          options.prepared};
   if (may_transform(plan, precision)) {
     for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
       const TransformCandidate candidate =

@@ -12,8 +12,8 @@ constexpr int64_t kSourceBytes = 640 << 10;
 // A block across images keeps all taps of 16 images.
 constexpr int64_t kImagesSourceBytes = 1536 << 10;
 constexpr int64_t kFilterChunkBytes = 512 << 10;
-// Positions of a wgrad block: 32 filters and 32 channels of it, in three terms, take 1.5 MB of L2.
-constexpr int64_t kWgradPositions = 4096;
+// Positions of a wgrad block, by terms: 32 filters and 32 channels of it take 1.5 MB of L2.
+constexpr int64_t kWgradPositionTerms = 3 * 4096;
 // Tasks to a thread, so that none idles for long; fewer pixels to a block read the filter too often.
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinPixels = 128;
@@ -126,17 +126,18 @@ SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, 
   plan.grad_tiles = ceil_div(problem.k_per_group(), kTileRows);
   plan.panels = ceil_div(problem.c_per_group(), 2 * kTileColumns);
   const int64_t image = (problem.p + plan.planes.span_h) * plan.planes.pitch;
-  if (problem.n >= kTileDepth / 2 && image * kTileDepth / 2 <= kWgradPositions) {
+  const int64_t most_positions = kWgradPositionTerms / terms;
+  if (problem.n >= kTileDepth / 2 && image * kTileDepth / 2 <= most_positions) {
     plan.inner = std::min<int64_t>(problem.n / (kTileDepth / 2) * (kTileDepth / 2), 2 * kTileDepth);
-    while (plan.inner * image > kWgradPositions) plan.inner -= kTileDepth / 2;
+    while (plan.inner * image > most_positions) plan.inner -= kTileDepth / 2;
   }
   plan.images = plan.inner;
   plan.rows = problem.p;
-  if (image * plan.images <= kWgradPositions) {
+  if (image * plan.images <= most_positions) {
     const int64_t most = std::max<int64_t>(ceil_div(problem.n, plan.inner), 1);
-    plan.images = plan.inner * std::clamp(kWgradPositions / (image * plan.inner), int64_t{1}, most);
+    plan.images = plan.inner * std::clamp(most_positions / (image * plan.inner), int64_t{1}, most);
   } else {
-    const int64_t most = std::max<int64_t>(kWgradPositions / plan.planes.pitch - plan.planes.span_h, 1);
+    const int64_t most = std::max<int64_t>(most_positions / plan.planes.pitch - plan.planes.span_h, 1);
     plan.rows = ceil_div(problem.p, ceil_div(problem.p, most));
   }
   const double blocks = static_cast<double>(ceil_div(problem.n, plan.images) * ceil_div(problem.p, plan.rows));

@@ -75,7 +75,8 @@ struct SplitUkernels {
   // 32 rows of `columns` <= 16 values to a tile of B.
   void (*pair_rows)(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
                     int64_t term_step);
-  // 16 rows of `columns` <= 16 values to 16 columns of 16 bfloat16, `pitch` bytes apart: rows of A for a wgrad.
+  // 32 rows of `columns` <= 16 values to 16 rows of 32 bfloat16, `pitch` bytes apart: rows of A for a wgrad. bfloat16
+  // sources are taken as they are, so they have one term.
   void (*transpose_rows)(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms,
                          char* destination, int64_t pitch, int64_t term_step);
   // [rows][16] floats from a strided matrix, zeros after `columns`.

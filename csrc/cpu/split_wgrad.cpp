@@ -168,61 +168,75 @@ struct Place {
   }
 };
 
+// 32 positions of the gradient line: [filter][position].
 void pack_grad(const Plan& plan, const Layout& layout, const Block& block, const Pixels& pixels, const float* zeros,
-               char* packed, const Executor& executor) {
+               int64_t step, char* packed) {
   const SplitWgradPlan& split = plan.split_wgrad;
   const ConvProblem& problem = plan.problem;
   const SplitUkernels& kernels = *split_ukernels(plan.isa);
   const int64_t filters = problem.k_per_group();
-  for_each_task(executor, split.terms * split.grad_tiles * kTileRows,
-                [&](int64_t task, int64_t) { std::memset(packed + task * layout.grad_row, 0, layout.lead * 2); });
-  for_each_task(executor, layout.positions / kTileRows, [&](int64_t task, int64_t) {
-    const void* rows[kTileRows];
-    Place place(split, task * kTileRows);
-    for (int64_t i = 0; i < kTileRows; ++i, place.advance(split)) {
-      const int64_t image = place.image(split);
-      const bool valid = image < block.images && place.row < block.rows && place.pixel < problem.q;
-      rows[i] = valid ? pixels.at(block.first_image + image, block.first_row + place.row, place.pixel) : zeros;
-    }
-    char* out = packed + (layout.lead + task * kTileRows) * 2;
-    for (int64_t tile = 0; tile < split.grad_tiles; ++tile) {
-      const int64_t filter = tile * kTileRows;
-      kernels.transpose_rows(pixels.dtype, rows, block.group * filters + filter,
-                             std::min<int64_t>(kTileRows, filters - filter), static_cast<int>(split.terms),
-                             out + filter * layout.grad_row, layout.grad_row, layout.grad_term);
-    }
-  });
+  const void* rows[kTileDepth];
+  Place place(split, step * kTileDepth);
+  for (int64_t i = 0; i < kTileDepth; ++i, place.advance(split)) {
+    const int64_t image = place.image(split);
+    const bool valid = image < block.images && place.row < block.rows && place.pixel < problem.q;
+    rows[i] = valid ? pixels.at(block.first_image + image, block.first_row + place.row, place.pixel) : zeros;
+  }
+  char* out = packed + (layout.lead + step * kTileDepth) * 2;
+  for (int64_t tile = 0; tile < split.grad_tiles; ++tile) {
+    const int64_t filter = tile * kTileRows;
+    kernels.transpose_rows(pixels.dtype, rows, block.group * filters + filter,
+                           std::min<int64_t>(kTileRows, filters - filter), static_cast<int>(split.terms),
+                           out + filter * layout.grad_row, layout.grad_row, layout.grad_term);
+  }
 }
 
+// 32 positions of one plane of the activation: tiles of B.
 void pack_source(const Plan& plan, const Layout& layout, const Block& block, const Pixels& pixels, const float* zeros,
-                 char* packed, const Executor& executor) {
+                 int64_t plane, int64_t step, char* packed) {
   const SplitWgradPlan& split = plan.split_wgrad;
   const ConvProblem& problem = plan.problem;
   const Planes& planes = split.planes;
   const SplitUkernels& kernels = *split_ukernels(plan.isa);
   const int64_t channels = problem.c_per_group();
-  const int64_t steps = layout.positions / kTileDepth;
-  for_each_task(executor, steps * static_cast<int64_t>(planes.residues.size()), [&](int64_t task, int64_t) {
-    const int64_t step = task % steps;
-    const Planes::Residue& residue = planes.residues[static_cast<size_t>(task / steps)];
-    const void* rows[kTileDepth];
-    Place place(split, step * kTileDepth);
-    for (int64_t i = 0; i < kTileDepth; ++i, place.advance(split)) {
-      const int64_t image = place.image(split);
-      const int64_t h = planes.source_h(residue, block.first_row + place.row);
-      const int64_t w = planes.source_w(residue, place.pixel);
-      const bool valid = image < block.images && place.row < block.rows + planes.span_h && h >= 0 && h < problem.h &&
-                         w >= 0 && w < problem.w;
-      rows[i] = valid ? pixels.at(block.first_image + image, h, w) : zeros;
+  const Planes::Residue& residue = planes.residues[static_cast<size_t>(plane)];
+  const void* rows[kTileDepth];
+  Place place(split, step * kTileDepth);
+  for (int64_t i = 0; i < kTileDepth; ++i, place.advance(split)) {
+    const int64_t image = place.image(split);
+    const int64_t h = planes.source_h(residue, block.first_row + place.row);
+    const int64_t w = planes.source_w(residue, place.pixel);
+    const bool valid = image < block.images && place.row < block.rows + planes.span_h && h >= 0 && h < problem.h &&
+                       w >= 0 && w < problem.w;
+    rows[i] = valid ? pixels.at(block.first_image + image, h, w) : zeros;
+  }
+  char* out = packed + plane * layout.plane;
+  for (int64_t panel = 0; panel < split.panels; ++panel, out += layout.panel) {
+    const int64_t tiles = panel_tiles(plan, panel);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t channel = panel * kPanelColumns + tile * kTileColumns;
+      kernels.pair_rows(pixels.dtype, rows, block.group * channels + channel,
+                        std::min<int64_t>(kTileColumns, channels - channel), static_cast<int>(split.terms),
+                        out + (step * split.terms * tiles + tile) * kTileBytes, tiles * kTileBytes);
     }
-    char* out = packed + task / steps * layout.plane;
-    for (int64_t panel = 0; panel < split.panels; ++panel, out += layout.panel) {
-      const int64_t tiles = panel_tiles(plan, panel);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t channel = panel * kPanelColumns + tile * kTileColumns;
-        kernels.pair_rows(pixels.dtype, rows, block.group * channels + channel,
-                          std::min<int64_t>(kTileColumns, channels - channel), static_cast<int>(split.terms),
-                          out + (step * split.terms * tiles + tile) * kTileBytes, tiles * kTileBytes);
+  }
+}
+
+// Both sides of a block. A task takes neighbouring steps: their lines of the gradient follow each other.
+void pack_block(const Plan& plan, const Layout& layout, const Block& block, const Pixels& grad, const Pixels& source,
+                const Buffers& buffers, const Executor& executor) {
+  constexpr int64_t kStepsPerTask = 4;
+  const int64_t steps = layout.positions / kTileDepth;
+  const int64_t tasks = ceil_div(steps, kStepsPerTask);
+  const int64_t planes = static_cast<int64_t>(plan.split_wgrad.planes.residues.size());
+  for_each_task(executor, (planes + 1) * tasks, [&](int64_t task, int64_t) {
+    const int64_t plane = task / tasks - 1;
+    const int64_t begin = task % tasks * kStepsPerTask;
+    for (int64_t step = begin; step < std::min(begin + kStepsPerTask, steps); ++step) {
+      if (plane < 0) {
+        pack_grad(plan, layout, block, grad, buffers.zeros, step, buffers.grad);
+      } else {
+        pack_source(plan, layout, block, source, buffers.zeros, plane, step, buffers.source);
       }
     }
   });
@@ -321,6 +335,9 @@ void run_split_wgrad(const WgradPass& pass, void* workspace, const Executor& exe
   const Buffers buffers(pass, calls.size(), executor.workers, arena);
   std::fill_n(buffers.zeros, std::max(pass.grad.view.c, pass.activation.view.c) + kTileColumns, 0.0f);
   buffers.steps[0] = {0, 0};
+  for (int64_t row = 0; row < split.terms * split.grad_tiles * kTileRows; ++row) {
+    std::memset(buffers.grad + row * layout.grad_row, 0, static_cast<size_t>(layout.lead * 2));
+  }
   const Planes& planes = split.planes;
   for (int64_t group = 0; group < problem.groups; ++group) {
     bool first = true;
@@ -336,8 +353,7 @@ void run_split_wgrad(const WgradPass& pass, void* workspace, const Executor& exe
         const Pixels source =
             pixels_of(plan, pass.activation, block, source_begin, std::max<int64_t>(source_end - source_begin, 0),
                       buffers.source_rows, buffers.row, executor);
-        pack_grad(plan, layout, block, grad, buffers.zeros, buffers.grad, executor);
-        pack_source(plan, layout, block, source, buffers.zeros, buffers.source, executor);
+        pack_block(plan, layout, block, grad, source, buffers, executor);
         multiply(plan, layout, block, calls, buffers, first, executor);
         first = false;
       }

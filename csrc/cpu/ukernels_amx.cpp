@@ -181,9 +181,26 @@ SEGPOSE_INLINE __m512i next_term(__m512& rest) {
 
 SEGPOSE_INLINE __m256i upper_halves(__m512i term) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(term, 16)); }
 
-// Two terms, of consecutive rows, interleaved.
-SEGPOSE_INLINE __m512i pair(__m512i first, __m512i second) {
-  return _mm512_or_epi32(second, _mm512_srli_epi32(first, 16));
+// Lanes that next_term has to look at: infinities, NaN and what would round to infinity.
+SEGPOSE_INLINE __mmask16 special_lanes(__m512 value) {
+  const __m512i magnitude = _mm512_and_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_cmpge_epu32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
+}
+
+// The next terms of two rows, interleaved lane by lane. Without special lanes a rounding and a subtraction suffice.
+template <bool Special>
+SEGPOSE_INLINE __m512i next_pair(__m512& first, __m512& second) {
+  if constexpr (Special) {
+    const __m512i low = next_term(first);
+    return _mm512_or_epi32(next_term(second), _mm512_srli_epi32(low, 16));
+  }
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i terms = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  const __m512i pairs = _mm512_permutexvar_epi16(order, terms);
+  first = _mm512_sub_ps(first, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
+  second = _mm512_sub_ps(second, _mm512_castsi512_ps(_mm512_and_epi32(pairs, _mm512_set1_epi32(-65536))));
+  return pairs;
 }
 
 SEGPOSE_INLINE __m512 load16(DType dtype, const void* source, int64_t index, __mmask16 mask) {
@@ -191,6 +208,13 @@ SEGPOSE_INLINE __m512 load16(DType dtype, const void* source, int64_t index, __m
   const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(source) + index);
   if (dtype == DType::float16) return _mm512_cvtph_ps(halves);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// Two rows of bfloat16, interleaved as they are.
+SEGPOSE_INLINE __m512i load_pair(const void* first, const void* second, int64_t index, __mmask16 mask) {
+  const __m256i low = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(first) + index);
+  const __m256i high = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(second) + index);
+  return _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
 void split_pixels(const float* source, int64_t step, int64_t pixels, int64_t channels, int64_t unit, int terms,
@@ -228,17 +252,30 @@ void copy_pixels(const uint16_t* source, int64_t step, int64_t pixels, int64_t c
   }
 }
 
-void pair_rows(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
-               int64_t term_step) {
-  const __mmask16 mask = first_lanes(columns);
+template <bool Special>
+SEGPOSE_INLINE bool split_rows(DType dtype, const void* const* rows, int64_t offset, __mmask16 mask, int terms,
+                               char* destination, int64_t term_step) {
+  __mmask16 special = 0;
   for (int i = 0; i < kTileDepth / 2; ++i) {
     __m512 first = load16(dtype, rows[2 * i], offset, mask);
     __m512 second = load16(dtype, rows[2 * i + 1], offset, mask);
+    special |= special_lanes(first) | special_lanes(second);
     for (int t = 0; t < terms; ++t) {
-      const __m512i low = next_term(first);
-      const __m512i high = next_term(second);
-      _mm512_storeu_si512(destination + t * term_step + i * 64, pair(low, high));
+      _mm512_storeu_si512(destination + t * term_step + i * 64, next_pair<Special>(first, second));
     }
+  }
+  return special != 0;
+}
+
+void pair_rows(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
+               int64_t term_step) {
+  const __mmask16 mask = first_lanes(columns);
+  if (dtype == DType::bfloat16) {
+    for (int i = 0; i < kTileDepth / 2; ++i) {
+      _mm512_storeu_si512(destination + i * 64, load_pair(rows[2 * i], rows[2 * i + 1], offset, mask));
+    }
+  } else if (split_rows<false>(dtype, rows, offset, mask, terms, destination, term_step)) {
+    split_rows<true>(dtype, rows, offset, mask, terms, destination, term_step);
   }
 }
 
@@ -268,18 +305,38 @@ SEGPOSE_INLINE void transpose_16x16(__m512i (&r)[16]) {
   }
 }
 
+// Pairs of rows as one lane, so that a transposition of 16 x 16 lanes moves 32 rows.
+SEGPOSE_INLINE void store_columns(__m512i (&pairs)[16], char* destination, int64_t pitch) {
+  transpose_16x16(pairs);
+  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(destination + c * pitch, pairs[c]);
+}
+
+template <bool Special>
+SEGPOSE_INLINE bool split_columns(DType dtype, const void* const* rows, int64_t offset, __mmask16 mask, int terms,
+                                  char* destination, int64_t pitch, int64_t term_step) {
+  __m512 values[kTileDepth];
+  __mmask16 special = 0;
+  for (int i = 0; i < kTileDepth; ++i) {
+    values[i] = load16(dtype, rows[i], offset, mask);
+    special |= special_lanes(values[i]);
+  }
+  for (int t = 0; t < terms; ++t) {
+    __m512i pairs[16];
+    for (int i = 0; i < 16; ++i) pairs[i] = next_pair<Special>(values[2 * i], values[2 * i + 1]);
+    store_columns(pairs, destination + t * term_step, pitch);
+  }
+  return special != 0;
+}
+
 void transpose_rows(DType dtype, const void* const* rows, int64_t offset, int64_t columns, int terms, char* destination,
                     int64_t pitch, int64_t term_step) {
   const __mmask16 mask = first_lanes(columns);
-  __m512i values[16];
-  for (int i = 0; i < 16; ++i) values[i] = _mm512_castps_si512(load16(dtype, rows[i], offset, mask));
-  transpose_16x16(values);
-  for (int c = 0; c < 16; ++c) {
-    __m512 rest = _mm512_castsi512_ps(values[c]);
-    for (int t = 0; t < terms; ++t) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(destination + c * pitch + t * term_step),
-                          upper_halves(next_term(rest)));
-    }
+  if (dtype == DType::bfloat16) {
+    __m512i pairs[16];
+    for (int i = 0; i < 16; ++i) pairs[i] = load_pair(rows[2 * i], rows[2 * i + 1], offset, mask);
+    store_columns(pairs, destination, pitch);
+  } else if (split_columns<false>(dtype, rows, offset, mask, terms, destination, pitch, term_step)) {
+    split_columns<true>(dtype, rows, offset, mask, terms, destination, pitch, term_step);
   }
 }
 
