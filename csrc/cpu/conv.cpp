@@ -63,9 +63,8 @@ FilterView filter_of(const Tensor& tensor) {
 }
 
 Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
-  Tensor tensor = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  return tensor;
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // torch's thread pool.

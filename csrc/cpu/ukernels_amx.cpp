@@ -217,11 +217,53 @@ SEGPOSE_INLINE __m512i load_pair(const void* first, const void* second, int64_t 
   return _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
+// The next terms of 32 values, low half first.
+template <bool Special>
+SEGPOSE_INLINE __m512i next_terms(__m512& low, __m512& high) {
+  if constexpr (Special) {
+    const __m256i first = upper_halves(next_term(low));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), upper_halves(next_term(high)), 1);
+  }
+  const __m512i terms = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(terms)), 16);
+  const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(terms, 1)), 16);
+  low = _mm512_sub_ps(low, _mm512_castsi512_ps(first));
+  high = _mm512_sub_ps(high, _mm512_castsi512_ps(second));
+  return terms;
+}
+
+// Whole lines of 32 values, `step` apart.
+template <bool Special>
+SEGPOSE_INLINE bool split_lines(const float* source, int64_t step, int64_t lines, int terms, char* destination,
+                                int64_t term_step) {
+  __mmask16 special = 0;
+  for (int64_t i = 0; i < lines; ++i, source += step, destination += 64) {
+    __m512 low = _mm512_loadu_ps(source);
+    __m512 high = _mm512_loadu_ps(source + 16);
+    special |= special_lanes(low) | special_lanes(high);
+    for (int t = 0; t < terms; ++t) {
+      _mm512_storeu_si512(destination + t * term_step, next_terms<Special>(low, high));
+    }
+  }
+  return special != 0;
+}
+
 void split_pixels(const float* source, int64_t step, int64_t pixels, int64_t channels, int64_t unit, int terms,
                   char* destination, int64_t term_step) {
-  if (step == unit && channels == unit) {  // no gaps: one long row
-    channels = unit = pixels * unit;
-    pixels = 1;
+  if (step == unit && channels == unit) {  // no gaps: lines, and what is left of one
+    const int64_t lines = pixels * unit / 32;
+    if (split_lines<false>(source, 32, lines, terms, destination, term_step)) {
+      split_lines<true>(source, 32, lines, terms, destination, term_step);
+    }
+    source += lines * 32;
+    destination += lines * 64;
+    channels = unit = pixels * unit - lines * 32;
+    pixels = unit > 0 ? 1 : 0;
+  } else if (unit == 32 && channels == 32) {
+    if (split_lines<false>(source, step, pixels, terms, destination, term_step)) {
+      split_lines<true>(source, step, pixels, terms, destination, term_step);
+    }
+    return;
   }
   for (int64_t p = 0; p < pixels; ++p) {
     const float* row = source + p * step;
@@ -238,6 +280,12 @@ void split_pixels(const float* source, int64_t step, int64_t pixels, int64_t cha
 
 void copy_pixels(const uint16_t* source, int64_t step, int64_t pixels, int64_t channels, int64_t unit,
                  char* destination) {
+  if (unit == 32 && channels == 32) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      _mm512_storeu_si512(destination + p * 64, _mm512_loadu_si512(source + p * step));
+    }
+    return;
+  }
   if (step == unit && channels == unit) {
     channels = unit = pixels * unit;
     pixels = 1;

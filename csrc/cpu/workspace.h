@@ -19,7 +19,7 @@
 namespace segpose {
 
 // Asks for huge pages: transforms write a hundred streams at once, more than the first-level TLB has entries for 4 KB
-// pages, and large results cost as much in page faults as some layers in arithmetic.
+// pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them.
 inline void advise_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t{2} << 20;
