@@ -22,4 +22,6 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_exact(bool exact) -> bool");
   m.def("release_workspace() -> int");
+  // torch's flag for float32 convolutions on CUDA; implemented in Python, segpose_kernels/backends.py.
+  m.def("tf32_allowed() -> bool");
 }

@@ -66,14 +66,14 @@ class NativeOp:
     negative_slope: 1 for no activation, 0 for ReLU, else leaky ReLU's.
     """
 
-    def __init__(self, label: str, *, transposed: bool) -> None:
-        namespace = getattr(torch.ops, NAMESPACE)
+    def __init__(self, label: str, *, transposed: bool, namespace: str = NAMESPACE) -> None:
+        operators = getattr(torch.ops, namespace)
         self.label = label
         self.name = f"{label}_act"
         self.transposed = transposed
-        self.forward: Callable[..., Tensor] = getattr(namespace, self.name).default
+        self.forward: Callable[..., Tensor] = getattr(operators, self.name).default
         self.backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = getattr(
-            namespace, f"{self.name}_backward"
+            operators, f"{self.name}_backward"
         ).default
 
     def geometry(self, params: Params) -> Geometry:

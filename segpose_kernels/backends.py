@@ -103,6 +103,17 @@ def _load_library() -> Library:
 LIBRARY = _load_library()
 
 
+def _tf32_allowed() -> bool:
+    """torch's own switch for float32 convolutions on CUDA, whichever of its names set it."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
+if LIBRARY.loaded:
+    # The CUDA kernels ask through the dispatcher: the switch counts when a pass runs, in compiled
+    # graphs and backward threads too.
+    torch.library.impl(f"{NAMESPACE}::tf32_allowed", "CompositeExplicitAutograd")(_tf32_allowed)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the operators."""
