@@ -110,8 +110,8 @@ void fill_zeros(Tensor& tensor) {
 }
 
 void check_status(const Status& status) {
-  STD_TORCH_CHECK(status.error == cudaSuccess, "segpose: kernel ", status.kernel, " did not launch: ",
-                  cudaGetErrorString(status.error));
+  STD_TORCH_CHECK(status.error == cudaSuccess, "segpose: kernel ", status.kernel,
+                  " did not launch: ", cudaGetErrorString(status.error));
 }
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& input) {

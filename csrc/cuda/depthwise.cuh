@@ -4,13 +4,13 @@
 
 #include "gather_pixels.cuh"
 #include "tiles.h"
-#include "wgrad_pixels.cuh"
 
 namespace segpose::cuda {
 
 // Filters are packed [phase][tap][channel]. A thread owns kVector channels and kPixels neighbouring pixels of a phase.
 template <class T, int kVector>
-__global__ void __launch_bounds__(DepthwiseTile::kThreads) depthwise(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(DepthwiseTile::kThreads, DepthwiseTile::kBlocksPerSm)
+    depthwise(const __grid_constant__ GatherParams p) {
   using Acc = Accumulator<T>;
   constexpr int kPixels = DepthwiseTile::kPixels;
   union Chunk {
@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(DepthwiseTile::kThreads) depthwise(const __gri
 // Warps take turns at the pixels of a piece; their sums are added in order at its end. Partial sums [piece][channel]
 // [tap]; gridDim.z covers the taps, kTaps at a time.
 template <class T>
-__global__ void __launch_bounds__(DepthwiseTile::kWgradThreads) depthwise_wgrad(const __grid_constant__ WgradParams p) {
+__global__ void __launch_bounds__(DepthwiseTile::kWgradThreads, DepthwiseTile::kWgradBlocksPerSm)
+    depthwise_wgrad(const __grid_constant__ WgradParams p) {
   using Acc = Accumulator<T>;
   constexpr int kTaps = DepthwiseTile::kWgradTaps;
   constexpr int kWarps = DepthwiseTile::kWgradThreads / 32;
@@ -118,19 +119,23 @@ __global__ void __launch_bounds__(DepthwiseTile::kWgradThreads) depthwise_wgrad(
     const T* const output = static_cast<const T*>(p.output.data) + channel;
     const T* const activation = static_cast<const T*>(p.activation.data) + channel;
     for (int64_t m = first + threadIdx.x / 32; m < end; m += kWarps) {
-      WgradPixel pixel;
-      pixel.locate(p, m, end);
-      const Acc gradient = widen(__ldg(output + pixel.output));
+      auto col = static_cast<uint32_t>(m);
+      const uint32_t n = p.image.split(col);
+      const uint32_t row = p.row.split(col);
+      const int h = static_cast<int>(row) * p.stride_h - p.pad_h;
+      const int w = static_cast<int>(col) * p.stride_w - p.pad_w;
+      const Acc gradient =
+          widen(__ldg(output + n * p.output.stride_n + row * p.output.stride_h + col * p.output.stride_w));
+      const T* const image = activation + n * p.activation.stride_n;
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         uint32_t tap_w = first_tap + t;
         const uint32_t tap_h = p.tap_w.split(tap_w);
-        const int dh = static_cast<int>(tap_h) * p.dilation_h;
-        const int dw = static_cast<int>(tap_w) * p.dilation_w;
-        if (first_tap + t < p.columns && static_cast<unsigned>(pixel.h + dh) < static_cast<unsigned>(p.activation.h) &&
-            static_cast<unsigned>(pixel.w + dw) < static_cast<unsigned>(p.activation.w)) {
-          sums[t] += gradient * widen(__ldg(activation + pixel.activation + dh * p.activation.stride_h +
-                                            dw * p.activation.stride_w));
+        const int at_h = h + static_cast<int>(tap_h) * p.dilation_h;
+        const int at_w = w + static_cast<int>(tap_w) * p.dilation_w;
+        if (first_tap + t < p.columns && static_cast<unsigned>(at_h) < static_cast<unsigned>(p.activation.h) &&
+            static_cast<unsigned>(at_w) < static_cast<unsigned>(p.activation.w)) {
+          sums[t] += gradient * widen(__ldg(image + at_h * p.activation.stride_h + at_w * p.activation.stride_w));
         }
       }
     }

@@ -18,8 +18,8 @@ struct Direct {
 
   Acc filters[kChunk][kColumns];
 
-  __device__ __forceinline__ void load_filters(const GatherParams& p, const GatherBlock& block, const PhaseParams& phase,
-                                               int first, int k_total) {
+  __device__ __forceinline__ void load_filters(const GatherParams& p, const GatherBlock& block,
+                                               const PhaseParams& phase, int first, int k_total) {
     const T* const filter = static_cast<const T*>(p.filter) + phase.filter_start;
     for (int i = threadIdx.x; i < kChunk * kColumns; i += kThreads) {
       const int k = first + i % kChunk;
@@ -70,6 +70,7 @@ struct Direct {
           inside[i] = static_cast<unsigned>(h[i] + dh) < static_cast<unsigned>(p.source.h) &&
                       static_cast<unsigned>(w[i] + dw) < static_cast<unsigned>(p.source.w);
         }
+#pragma unroll 1
         for (int channel = 0; channel < p.depth; channel += kVector, k += kVector) {
           if (k % kChunk == 0) {
             __syncthreads();
@@ -111,8 +112,9 @@ struct Direct {
     }
   }
 
-  __device__ __forceinline__ static void store(const GatherParams& p, const GatherBlock& block, const PhaseParams& phase,
-                                               int64_t first_m, const Acc (&sums)[kPixels][kColumns]) {
+  __device__ __forceinline__ static void store(const GatherParams& p, const GatherBlock& block,
+                                               const PhaseParams& phase, int64_t first_m,
+                                               const Acc (&sums)[kPixels][kColumns]) {
     constexpr int kStore = 16 / sizeof(T);
     const auto slope = static_cast<Acc>(p.epilogue.negative_slope);
     const int column = block.n_tile * kColumns;
@@ -151,7 +153,8 @@ struct Direct {
 };
 
 template <class T, int kColumns, int kVector>
-__global__ void __launch_bounds__(DirectTile::kThreads) direct(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(DirectTile::kThreads, DirectTile::blocks_per_sm(sizeof(Accumulator<T>)))
+    direct(const __grid_constant__ GatherParams p) {
   __shared__ Direct<T, kColumns, kVector> shared;
   shared.run(p);
 }

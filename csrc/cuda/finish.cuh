@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gather_pixels.cuh"
+#include "tiles.h"
 
 namespace segpose::cuda {
 
@@ -51,8 +52,7 @@ template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_gather(const __grid_constant__ GatherParams p, int block_m, int block_n, int pieces) {
   using Acc = Accumulator<T>;
-  constexpr int kLargest = 128;
-  __shared__ DestinationTables<T, kLargest, kLargest> tables;
+  __shared__ DestinationTables<T, kLargestBlockM, kLargestBlockN> tables;
   const GatherBlock block(p);
   tables.fill(p, block, p.phases[block.phase], block_m, block_n);
   __syncthreads();

@@ -52,7 +52,8 @@ class FmaAccumulators {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) fn(m(i / kVector * kVector) + i % kVector, n(j / kVector * kVector) + j % kVector, c_[i][j]);
+      for (int j = 0; j < kColumns; ++j)
+        fn(m(i / kVector * kVector) + i % kVector, n(j / kVector * kVector) + j % kVector, c_[i][j]);
     }
   }
 

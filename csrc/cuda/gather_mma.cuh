@@ -3,44 +3,49 @@
 // channels, gemm_k = (tap, source channel). float means tf32.
 #pragma once
 
+#include <type_traits>
+
 #include "gather_source.cuh"
+#include "pipeline.cuh"
 #include "warp_tile.cuh"
 
 namespace segpose::cuda {
 
-// Loader of the packed filters: [BLOCK_N columns][64 bytes of gemm_k], kOffset bytes into a stage. Rows are padded to
-// whole K blocks.
-template <class T, int BLOCK_N, int kThreads, int kOffset>
+// Loader of the packed filters: [BLOCK_N columns][64 bytes of gemm_k]. Rows are padded to whole K blocks.
+template <class T, int BLOCK_N, int kThreads>
 class FilterTile {
  public:
   static constexpr int kRows = BLOCK_N * kChunksPerRow / kThreads;
 
   __device__ __forceinline__ FilterTile(const GatherParams& p, const GatherBlock& block, const PhaseParams& phase,
-                                        int k_block) {
+                                        int k_block, uint32_t target) {
     const int first = threadIdx.x / kChunksPerRow;
     const int chunk = threadIdx.x % kChunksPerRow;
     const int64_t column = int64_t{block.n_tile} * BLOCK_N + first;
     const int64_t pitch = int64_t{phase.filter_pitch} * sizeof(T);
-    row_ = static_cast<const char*>(p.filter) + phase.filter_start * int64_t{sizeof(T)} +
-           (int64_t{block.group} * p.columns + column) * pitch + k_block * kStageRowBytes + chunk * kChunkBytes;
-    step_ = pitch * (kThreads / kChunksPerRow);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) valid_[i] = column + i * (kThreads / kChunksPerRow) < p.columns;
-    target_ = kOffset + swizzled(first, chunk);
-  }
-
-  __device__ __forceinline__ void fetch(uint32_t stage) {
+    const char* const first_row = static_cast<const char*>(p.filter) + phase.filter_start * int64_t{sizeof(T)} +
+                                  (int64_t{block.group} * p.columns + column) * pitch + k_block * kStageRowBytes +
+                                  chunk * kChunkBytes;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      copy_async_16(stage + target_ + i * (kThreads / kChunksPerRow) * kStageRowBytes, row_ + i * step_, valid_[i]);
+      row_[i] = first_row + i * (kThreads / kChunksPerRow) * pitch;
+      bytes_[i] = column + i * (kThreads / kChunksPerRow) < p.columns ? kChunkBytes : 0;
     }
-    row_ += kStageRowBytes;
+    target_ = target + swizzled(first, chunk);
+    keep(target_);
+  }
+
+  template <int kStage>
+  __device__ __forceinline__ void fetch() {
+    unroll<kRows>([&](auto i) {
+      copy_async_16<kStage + i*(kThreads / kChunksPerRow) * kStageRowBytes>(target_, row_[i], bytes_[i]);
+      row_[i] += kStageRowBytes;
+    });
   }
 
  private:
-  const char* row_;
-  int64_t step_;
-  bool valid_[kRows];
+  const char* row_[kRows];
+  int bytes_[kRows];
   uint32_t target_;
 };
 
@@ -52,13 +57,15 @@ struct GatherMma {
   static constexpr int kThreads = kShape.threads();
   static constexpr int kStages = kShape.stages;
   static constexpr int kStageBytes = kShape.stage_bytes();
-  // A slab of finished elements is as wide as a warp; eight elements of padding keep the warps' writes apart.
-  static constexpr int kPitch = WARP_N + 8;
+  // Finished elements go through shared memory a slab of columns at a time; eight elements of padding keep the writes
+  // of a warp's rows apart.
+  static constexpr int SLAB_N = sizeof(T) == 4 ? 32 : WARP_N;
+  static constexpr int kPitch = SLAB_N + 8;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   static_assert(BLOCK_M * kPitch * sizeof(T) <= kPipelineBytes, "a slab must fit where the stages were");
 
   using Source = std::conditional_t<kNarrow, NarrowSource<T, BLOCK_M, kThreads>, AlignedSource<T, BLOCK_M, kThreads>>;
-  using Filter = FilterTile<T, BLOCK_N, kThreads, BLOCK_M * kStageRowBytes>;
+  using Filter = FilterTile<T, BLOCK_N, kThreads>;
   using Tables = DestinationTables<T, BLOCK_M, BLOCK_N>;
   static constexpr int kSharedBytes = gather_shared_bytes(kShape);
   static_assert(kSharedBytes == kPipelineBytes + sizeof(Tables), "the plan must know what the kernel takes");
@@ -76,63 +83,43 @@ struct GatherMma {
     if (p.partial == nullptr) tables.fill(p, block, phase);
 
     // Mainloop
-    WarpTile<T, WARP_M, WARP_N> tile(threadIdx.x / 32 / (BLOCK_N / WARP_N), threadIdx.x / 32 % (BLOCK_N / WARP_N),
-                                     BLOCK_M * kStageRowBytes);
+    WarpTile<T, WARP_M, WARP_N> tile(stages, BLOCK_M * kStageRowBytes, threadIdx.x / 32 / (BLOCK_N / WARP_N),
+                                     threadIdx.x / 32 % (BLOCK_N / WARP_N));
     {
-      Source source(p, block, phase, first);
-      Filter filter(p, block, phase, first);
-#pragma unroll
-      for (int i = 0; i < kStages - 1; ++i) {
-        if (i < k_blocks) {
-          source.fetch(p, stages + i * kStageBytes);
-          filter.fetch(stages + i * kStageBytes);
-          source.land(stages + i * kStageBytes);
-        }
-        commit_copies();
-      }
-      uint32_t reading = stages;
-      uint32_t writing = stages + (kStages - 1) * kStageBytes;
-      for (int i = 0; i < k_blocks; ++i) {
-        wait_copies<kStages - 2>();
-        __syncthreads();
-        // The stage that was multiplied last is free: the barrier says so.
-        const bool more = i + kStages - 1 < k_blocks;
-        if (more) {
-          source.fetch(p, writing);
-          filter.fetch(writing);
-        }
-        commit_copies();
-        tile.multiply(reading);
-        if (more) source.land(writing);
-        reading = reading == stages + (kStages - 1) * kStageBytes ? stages : reading + kStageBytes;
-        writing = writing == stages + (kStages - 1) * kStageBytes ? stages : writing + kStageBytes;
-      }
+      Source source(p, block, phase, first, stages);
+      Filter filter(p, block, phase, first, stages + BLOCK_M * kStageRowBytes);
+      run_pipeline<kStages>(
+          k_blocks, [](int) {},
+          [&](auto stage, int) {
+            source.template fetch<stage * kStageBytes>(p);
+            filter.template fetch<stage * kStageBytes>();
+          },
+          [&](auto stage) { tile.template multiply<stage * kStageBytes>(); },
+          [&](auto stage) { source.template land<stage * kStageBytes>(); });
     }
 
     // Epilogue
     if (p.partial != nullptr) {
-      float* const partial = static_cast<float*>(p.partial) +
-                             (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * (BLOCK_M * BLOCK_N);
-      tile.for_each_pair([&](int m, int n, float v0, float v1) {
-        store_pair(partial + m * BLOCK_N + n, v0, v1);
-      });
+      float* const partial =
+          static_cast<float*>(p.partial) + (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * (BLOCK_M * BLOCK_N);
+      tile.for_each_pair([&](int m, int n, float v0, float v1) { store_pair(partial + m * BLOCK_N + n, v0, v1); });
       return;
     }
     wait_copies<0>();
     const auto slope = static_cast<float>(p.epilogue.negative_slope);
     T* const slab = reinterpret_cast<T*>(shared);
-    for (int first_column = 0; first_column < BLOCK_N; first_column += WARP_N) {
+#pragma unroll 1
+    for (int first_column = 0; first_column < BLOCK_N; first_column += SLAB_N) {
       __syncthreads();
-      if (tile.column() == first_column) {
-        tile.for_each_pair([&](int m, int n, float v0, float v1) {
-          Pair<T> pair;
-          pair.value[0] = narrow<T>(activate(v0 + tables.bias[n], p.epilogue.act, slope));
-          pair.value[1] = narrow<T>(activate(v1 + tables.bias[n + 1], p.epilogue.act, slope));
-          *reinterpret_cast<Pair<T>*>(slab + m * kPitch + n - first_column) = pair;
-        });
-      }
+      tile.for_each_pair([&](int m, int n, float v0, float v1) {
+        if (static_cast<unsigned>(n - first_column) >= SLAB_N) return;
+        Pair<T> pair;
+        pair.value[0] = narrow<T>(activate(v0 + tables.bias[n], p.epilogue.act, slope));
+        pair.value[1] = narrow<T>(activate(v1 + tables.bias[n + 1], p.epilogue.act, slope));
+        *reinterpret_cast<Pair<T>*>(slab + m * kPitch + n - first_column) = pair;
+      });
       __syncthreads();
-      store_slab<T, BLOCK_M, BLOCK_N, WARP_N, kPitch>(p, slab, tables, first_column);
+      store_slab<T, BLOCK_M, BLOCK_N, SLAB_N, kPitch>(p, slab, tables, first_column);
     }
   }
 };

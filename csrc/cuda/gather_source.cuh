@@ -34,15 +34,16 @@ struct SourceRows {
         const Pixel at(p, static_cast<uint32_t>(m));
         h[i] = static_cast<int>(at.row) * p.istep_h + phase.off_h;
         w[i] = static_cast<int>(at.col) * p.istep_w + phase.off_w;
-        pixel[i] += (at.n * p.source.stride_n + h[i] * p.source.stride_h + w[i] * p.source.stride_w + channel) *
-                    element_bytes;
+        pixel[i] +=
+            (at.n * p.source.stride_n + h[i] * p.source.stride_h + w[i] * p.source.stride_w + channel) * element_bytes;
       }
     }
   }
 
-  __device__ __forceinline__ bool inside(const GatherParams& p, int row, int dh, int dw) const {
-    return static_cast<unsigned>(h[row] + dh) < static_cast<unsigned>(p.source.h) &&
-           static_cast<unsigned>(w[row] + dw) < static_cast<unsigned>(p.source.w);
+  // Both comparisons are made: a branch would cost more.
+  __device__ __forceinline__ bool inside(int row, int dh, int dw, int height, int width) const {
+    return (static_cast<unsigned>(h[row] + dh) < static_cast<unsigned>(height)) &
+           (static_cast<unsigned>(w[row] + dw) < static_cast<unsigned>(width));
   }
 };
 
@@ -55,7 +56,7 @@ class AlignedSource {
   static constexpr int kRows = BLOCK_M * kChunksPerRow / kThreads;
 
   __device__ __forceinline__ AlignedSource(const GatherParams& p, const GatherBlock& block, const PhaseParams& phase,
-                                           int k_block)
+                                           int k_block, uint32_t target)
       : rows_(p, block, phase, BLOCK_M, sizeof(T)), taps_h_(phase.taps_h), taps_w_(phase.taps_w) {
     const uint32_t k = k_block * BLOCK_K + threadIdx.x % kChunksPerRow * kPerChunk;
     uint32_t channel = k;
@@ -63,17 +64,18 @@ class AlignedSource {
     channel_ = static_cast<int>(channel);
     tap_h_ = static_cast<int>(tap) / max(taps_w_, 1);
     tap_w_ = static_cast<int>(tap) - tap_h_ * taps_w_;
-    target_ = swizzled(threadIdx.x / kChunksPerRow, threadIdx.x % kChunksPerRow);
+    target_ = target + swizzled(threadIdx.x / kChunksPerRow, threadIdx.x % kChunksPerRow);
+    keep(target_);
     enter_tap(p);
   }
 
   // Starts the copies of the next K block.
-  __device__ __forceinline__ void fetch(const GatherParams& p, uint32_t stage) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      copy_async_16(stage + target_ + i * (kThreads / kChunksPerRow) * kStageRowBytes, rows_.pixel[i] + offset_,
-                    valid_[i]);
-    }
+  template <int kStage>
+  __device__ __forceinline__ void fetch(const GatherParams& p) {
+    unroll<kRows>([&](auto i) {
+      copy_async_16<kStage + i*(kThreads / kChunksPerRow) * kStageRowBytes>(target_, rows_.pixel[i] + offset_,
+                                                                            bytes_[i]);
+    });
     channel_ += BLOCK_K;
     offset_ += kStageRowBytes;
     if (channel_ >= p.depth) {
@@ -88,20 +90,23 @@ class AlignedSource {
     }
   }
 
-  __device__ __forceinline__ void land(uint32_t) {}
+  template <int kStage>
+  __device__ __forceinline__ void land() {}
 
  private:
   __device__ __forceinline__ void enter_tap(const GatherParams& p) {
     const int dh = tap_h_ * p.tap_step_h;
     const int dw = tap_w_ * p.tap_step_w;
     offset_ = (dh * p.source.stride_h + dw * p.source.stride_w + channel_) * int64_t{sizeof(T)};
+    // Behind the last tap no row is inside.
+    const int height = tap_h_ < taps_h_ ? p.source.h : 0;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) valid_[i] = tap_h_ < taps_h_ && rows_.inside(p, i, dh, dw);
+    for (int i = 0; i < kRows; ++i) bytes_[i] = rows_.inside(i, dh, dw, height, p.source.w) ? kChunkBytes : 0;
   }
 
   SourceRows<kRows, kThreads> rows_;
-  bool valid_[kRows];
-  int64_t offset_;  // of the tap and channel, in bytes
+  int bytes_[kRows];  // of each row's chunk: none outside the source
+  int64_t offset_;    // of the tap and channel, in bytes
   int taps_h_, taps_w_, tap_h_, tap_w_, channel_;
   uint32_t target_;
 };
@@ -116,13 +121,14 @@ class NarrowSource {
   static constexpr int kRows = BLOCK_M * kChunksPerRow / kThreads;
 
   __device__ __forceinline__ NarrowSource(const GatherParams& p, const GatherBlock& block, const PhaseParams& phase,
-                                          int k_block)
+                                          int k_block, uint32_t target)
       : rows_(p, block, phase, BLOCK_M, sizeof(T)), taps_h_(phase.taps_h), taps_w_(phase.taps_w) {
     k_ = k_block * BLOCK_K + threadIdx.x % kChunksPerRow * kPerChunk;
-    target_ = swizzled(threadIdx.x / kChunksPerRow, threadIdx.x % kChunksPerRow);
+    target_ = target + swizzled(threadIdx.x / kChunksPerRow, threadIdx.x % kChunksPerRow);
   }
 
-  __device__ __forceinline__ void fetch(const GatherParams& p, uint32_t) {
+  template <int kStage>
+  __device__ __forceinline__ void fetch(const GatherParams& p) {
     uint32_t channel = k_;
     const uint32_t tap = p.depth_div.split(channel);
     int tap_h = static_cast<int>(tap) / max(taps_w_, 1);
@@ -135,7 +141,7 @@ class NarrowSource {
           dh * p.source.stride_h + dw * p.source.stride_w + static_cast<int64_t>(channel) * p.source.stride_c;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const bool valid = tap_h < taps_h_ && rows_.inside(p, i, dh, dw);
+        const bool valid = tap_h < taps_h_ && rows_.inside(i, dh, dw, p.source.h, p.source.w);
         const T* const address = reinterpret_cast<const T*>(rows_.pixel[i]) + offset;
         place_element<T>(chunk_[i], e, load_element(address, valid));
       }
@@ -151,11 +157,10 @@ class NarrowSource {
   }
 
   // Writes the chunks of the last fetch into a stage.
-  __device__ __forceinline__ void land(uint32_t stage) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      store_chunk(stage + target_ + i * (kThreads / kChunksPerRow) * kStageRowBytes, chunk_[i]);
-    }
+  template <int kStage>
+  __device__ __forceinline__ void land() {
+    unroll<kRows>(
+        [&](auto i) { store_chunk<kStage + i*(kThreads / kChunksPerRow) * kStageRowBytes>(target_, chunk_[i]); });
   }
 
  private:

@@ -44,12 +44,14 @@ __global__ void __launch_bounds__(kWgradTiles[kTile].threads(), kWgradTiles[kTil
 }
 
 template <class T, int BLOCK_M, int BLOCK_N>
-__global__ void __launch_bounds__(FmaTile::kThreads) gather_fma(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(FmaTile::kThreads, FmaTile::kBlocksPerSm)
+    gather_fma(const __grid_constant__ GatherParams p) {
   GatherFma<T, BLOCK_M, BLOCK_N>::run(p);
 }
 
 template <class T, int BLOCK_M, int BLOCK_N>
-__global__ void __launch_bounds__(FmaTile::kThreads) wgrad_fma(const __grid_constant__ WgradParams p) {
+__global__ void __launch_bounds__(FmaTile::kThreads, FmaTile::kBlocksPerSm)
+    wgrad_fma(const __grid_constant__ WgradParams p) {
   WgradFma<T, BLOCK_M, BLOCK_N>::run(p);
 }
 
@@ -66,8 +68,7 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int64_t slices, int64_t layer
     return cudaErrorInvalidValue;
   }
   if (shared_bytes > kDefaultShared) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(slices), static_cast<unsigned>(layers));
@@ -89,14 +90,16 @@ cudaError_t gather_mma(const GatherParams& p, int tile, bool narrow, cudaStream_
     case 0:
       return gather_mma_tile<T, 128, 128, false>(p, stream);
     case 2:
-      return gather_mma_tile<T, 128, 64, false>(p, stream);
-    case 3:
-      return gather_mma_tile<T, 128, 64, true>(p, stream);
+      return gather_mma_tile<T, 256, 64, false>(p, stream);
     case 4:
-      return gather_mma_tile<T, 64, 64, false>(p, stream);
+      return gather_mma_tile<T, 128, 64, false>(p, stream);
+    case 5:
+      return gather_mma_tile<T, 128, 64, true>(p, stream);
     case 6:
+      return gather_mma_tile<T, 64, 64, false>(p, stream);
+    case 8:
       return gather_mma_tile<T, 128, 32, false>(p, stream);
-    case 7:
+    case 9:
       return gather_mma_tile<T, 128, 32, true>(p, stream);
     default:
       return cudaErrorInvalidValue;
@@ -116,8 +119,10 @@ cudaError_t wgrad_mma(const WgradParams& p, int tile, bool narrow, cudaStream_t 
     case 0:
       return wgrad_mma_tile<T, 128, 128, false>(p, stream);
     case 2:
+      return wgrad_mma_tile<T, 64, 128, false>(p, stream);
+    case 4:
       return wgrad_mma_tile<T, 64, 64, false>(p, stream);
-    case 3:
+    case 5:
       return wgrad_mma_tile<T, 64, 64, true>(p, stream);
     default:
       return cudaErrorInvalidValue;

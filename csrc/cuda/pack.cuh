@@ -33,9 +33,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_filter(const __grid_constan
       const int r = phase.r + static_cast<int>(tap_h) * p.r_step;
       const int s = phase.s + static_cast<int>(tap_w) * p.s_step;
       // Rows are filters of the group and channels its activation channels, or the other way round.
-      const int64_t place = p.by_output
-                                ? row * p.stride_k + channel * p.stride_c
-                                : (int64_t{group} * p.channels + channel) * p.stride_k + column * p.stride_c;
+      const int64_t place = p.by_output ? row * p.stride_k + channel * p.stride_c
+                                        : (int64_t{group} * p.channels + channel) * p.stride_k + column * p.stride_c;
       value = filter[place + r * p.stride_r + s * p.stride_s];
       if constexpr (kTf32) value = __uint_as_float(round_tf32(__float_as_uint(value)));
     }

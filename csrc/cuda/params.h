@@ -78,8 +78,8 @@ struct WgradParams {
   int groups;
   int filters;       // gemm_m of a group
   int output_depth;  // channels of a group in the output, padding included
-  int depth;    // activation channels of a group
-  int columns;  // gemm_n of a group: taps * depth
+  int depth;         // activation channels of a group
+  int columns;       // gemm_n of a group: taps * depth
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   FastDiv image, row;
   FastDiv depth_div, tap_w;

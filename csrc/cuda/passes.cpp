@@ -141,8 +141,8 @@ GatherParams gather_params(const GatherPass& pass, const View& source) {
   params.m_tiles = make_fast_div(plan.m_tiles);
   params.k_blocks_per_split = to_int(std::min<int64_t>(plan.k_per_split, std::numeric_limits<int>::max()));
   const int64_t store_channels = plan.shuffle ? problem.c_per_group() : plan.columns;
-  params.vector_store = in_aligned_rows(pass.destination, plan.request.dtype) &&
-                        store_channels % (kChunkBytes / plan.element()) == 0;
+  params.vector_store =
+      in_aligned_rows(pass.destination, plan.request.dtype) && store_channels % (kChunkBytes / plan.element()) == 0;
   params.shuffle_channels = plan.shuffle ? to_int(problem.c_per_group()) : 0;
   params.shuffle_channel = make_fast_div(problem.c_per_group());
   params.shuffle_tap_w = make_fast_div(problem.s);
@@ -207,8 +207,8 @@ View rows_view(void* data, int64_t channels, int h, int w) {
 bool in_aligned_rows(const View& view, DType dtype) {
   const int64_t chunk = kChunkBytes / dtype_size(dtype);
   const auto whole = [&](int64_t stride) { return stride % chunk == 0; };
-  return view.stride_c == 1 && whole(view.stride_n) && whole(view.stride_h) &&
-         whole(view.stride_w) && reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
+  return view.stride_c == 1 && whole(view.stride_n) && whole(view.stride_h) && whole(view.stride_w) &&
+         reinterpret_cast<uintptr_t>(view.data) % kChunkBytes == 0;
 }
 
 int64_t workspace_bytes(const Plan& plan) { return Pieces(plan, nullptr).bytes; }
@@ -239,9 +239,9 @@ Status run(const GatherPass& pass, void* workspace, cudaStream_t stream) {
       const int64_t pitch = filter_pitch(plan, phase);
       const int64_t packed = pitch * plan.columns * problem.groups;
       const Tap origin = phase.taps.empty() ? Tap{} : phase.taps.front();
-      params.phases[i] = {to_int(phase.oh),     to_int(phase.ow), to_int(origin.off_h),
-                          to_int(origin.off_w), own.taps_h,       own.taps_w,
-                          to_int(pitch / plan.block_k), to_int(pitch),    filter_start};
+      params.phases[i] = {to_int(phase.oh), to_int(phase.ow), to_int(origin.off_h),         to_int(origin.off_w),
+                          own.taps_h,       own.taps_w,       to_int(pitch / plan.block_k), to_int(pitch),
+                          filter_start};
       pack.phases[i] = {to_int(origin.r),
                         to_int(origin.s),
                         make_fast_div(std::max(own.taps_w, 1)),

@@ -13,8 +13,8 @@ namespace {
 
 // Shares of the peak that the estimates grant: large warp tiles load fewer fragments for a product, loops without
 // tensor cores are bound by shared-memory and address instructions.
-constexpr double kGatherEfficiency[] = {0.80, 0.70, 0.60, 0.50};
-constexpr double kWgradEfficiency[] = {0.70, 0.55};
+constexpr double kGatherEfficiency[] = {0.80, 0.80, 0.70, 0.60, 0.50};
+constexpr double kWgradEfficiency[] = {0.70, 0.65, 0.55};
 constexpr double kNarrowEfficiency = 0.4;  // of the same tile with whole chunks
 constexpr double kFmaEfficiency = 0.75;
 constexpr double kDirectEfficiency = 0.5;
@@ -129,8 +129,8 @@ void estimate_gather(Plan& plan, double rate, double efficiency) {
   }
   const double phases = as_double(static_cast<int64_t>(plan.phases.size()));
   const double average_k = total_k / phases;
-  plan.issued_flops = 2.0 * as_double(plan.blocks) * average_k *
-                      as_double(int64_t{plan.block_m} * plan.block_n * plan.block_k);
+  plan.issued_flops =
+      2.0 * as_double(plan.blocks) * average_k * as_double(int64_t{plan.block_m} * plan.block_n * plan.block_k);
   const double memory = memory_cycles(plan.request, plan.moved_bytes);
   plan.cycles = std::numeric_limits<double>::infinity();
   for (const int64_t splits : kSplits) {
@@ -174,7 +174,7 @@ void use_fma_tile(Plan& plan, bool wgrad) {
   plan.stages = FmaTile::kStages;
   plan.threads = FmaTile::kThreads;
   plan.shared_bytes = wgrad ? tile.wgrad_shared_bytes(element) : tile.gather_shared_bytes(element);
-  plan.blocks_per_sm = resident_blocks(plan.request.gpu, plan.shared_bytes, plan.threads, 2);
+  plan.blocks_per_sm = resident_blocks(plan.request.gpu, plan.shared_bytes, plan.threads, FmaTile::kBlocksPerSm);
 }
 
 // Whether an operand that is not aligned rows is copied to such, or read element by element.
@@ -198,7 +198,9 @@ bool can_shuffle(const PlanRequest& request) {
 }
 
 // One phase over the source pixels; its columns are (tap, channel).
-Phase shuffle_phase(const ConvProblem& p) { return {0, 0, p.p, p.q, p.stride_h, p.stride_w, 1, 1, {{0, 0, 0, 0}}, false}; }
+Phase shuffle_phase(const ConvProblem& p) {
+  return {0, 0, p.p, p.q, p.stride_h, p.stride_w, 1, 1, {{0, 0, 0, 0}}, false};
+}
 
 void plan_implicit_gemm(Plan& plan, int64_t source_channels, int64_t destination_channels) {
   const PlanRequest& request = plan.request;
@@ -210,7 +212,8 @@ void plan_implicit_gemm(Plan& plan, int64_t source_channels, int64_t destination
     plan.columns *= problem.taps();
   }
   const int64_t m = phase_pixels(plan);
-  const double reads = as_double(count_taps(plan.phases)) * as_double(m) / as_double(std::max<int64_t>(source_pixels(request), 1));
+  const double reads =
+      as_double(count_taps(plan.phases)) * as_double(m) / as_double(std::max<int64_t>(source_pixels(request), 1));
   const double element = as_double(plan.element());
   const double source_bytes = as_double(source_pixels(request) * source_channels * problem.groups) * element;
   const bool mma = plan.algorithm == Algorithm::mma;
@@ -262,7 +265,8 @@ void plan_direct(Plan& plan, int64_t source_channels, int64_t destination_channe
   plan.threads = DirectTile::kThreads;
   const int accumulator = request.dtype == DType::float64 ? 8 : 4;
   plan.shared_bytes = DirectTile::kChunk * plan.block_n * accumulator;
-  plan.blocks_per_sm = resident_blocks(request.gpu, plan.shared_bytes, plan.threads, 4);
+  plan.blocks_per_sm =
+      resident_blocks(request.gpu, plan.shared_bytes, plan.threads, DirectTile::blocks_per_sm(accumulator));
   plan.narrow = !in_chunks(plan, request.source, source_channels);
   plan.pack_filter = true;
   plan.splits = 1;
@@ -290,7 +294,7 @@ void plan_depthwise(Plan& plan) {
   plan.stages = 1;
   plan.threads = DepthwiseTile::kThreads;
   plan.shared_bytes = 0;
-  plan.blocks_per_sm = resident_blocks(request.gpu, 0, plan.threads, 8);
+  plan.blocks_per_sm = resident_blocks(request.gpu, 0, plan.threads, DepthwiseTile::kBlocksPerSm);
   plan.pack_filter = true;
   plan.splits = 1;
   plan.gemm_m = phase_pixels(plan);
@@ -359,7 +363,8 @@ void estimate_wgrad(Plan& plan, double rate, double efficiency) {
     splits = std::clamp<int64_t>(splits, 1, std::min(most, ceil_div(k_blocks, kMinSplitBlocks)));
     const int64_t depth = ceil_div(k_blocks, splits);
     splits = ceil_div(k_blocks, depth);
-    const double compute = block_cycles(request.gpu, as_double(plan.blocks * splits), as_double(depth) * k_cycles + kBlockCycles);
+    const double compute =
+        block_cycles(request.gpu, as_double(plan.blocks * splits), as_double(depth) * k_cycles + kBlockCycles);
     const double partial = 2.0 * as_double(piece_bytes * splits);
     const double cycles =
         std::max(compute, memory_cycles(request, plan.moved_bytes)) + memory_cycles(request, partial) + kLaunchCycles;
@@ -396,15 +401,17 @@ void plan_depthwise_wgrad(Plan& plan) {
   plan.block_k = DepthwiseTile::kWgradThreads / 32;
   plan.stages = 1;
   plan.threads = DepthwiseTile::kWgradThreads;
-  plan.shared_bytes = DepthwiseTile::kWgradThreads * DepthwiseTile::kWgradTaps * (request.dtype == DType::float64 ? 8 : 4);
-  plan.blocks_per_sm = resident_blocks(request.gpu, plan.shared_bytes, plan.threads, 4);
+  plan.shared_bytes =
+      DepthwiseTile::kWgradThreads * DepthwiseTile::kWgradTaps * (request.dtype == DType::float64 ? 8 : 4);
+  plan.blocks_per_sm = resident_blocks(request.gpu, plan.shared_bytes, plan.threads, DepthwiseTile::kWgradBlocksPerSm);
   plan.gemm_m = 1;
   plan.m_tiles = plan.n_tiles = 1;
   const int64_t pixels = source_pixels(request);
   const int64_t channel_blocks = ceil_div(problem.groups, 32);
   plan.blocks = channel_blocks;
   const int64_t wanted = ceil_div(int64_t{4} * request.gpu.multiprocessors, channel_blocks);
-  plan.k_per_split = round_up(std::max<int64_t>(ceil_div(pixels, std::clamp<int64_t>(wanted, 1, kMaxWgradSplits)), 16), plan.block_k);
+  plan.k_per_split =
+      round_up(std::max<int64_t>(ceil_div(pixels, std::clamp<int64_t>(wanted, 1, kMaxWgradSplits)), 16), plan.block_k);
   plan.splits = static_cast<int>(std::max<int64_t>(ceil_div(pixels, plan.k_per_split), 1));
   plan.partial_bytes = plan.splits * problem.groups * plan.columns * (request.dtype == DType::float64 ? 8 : 4);
   plan.issued_flops = 2.0 * as_double(pixels * plan.columns * problem.groups);
@@ -438,7 +445,8 @@ void plan_wgrad(Plan& plan) {
     if (mma) {
       const double source_reuse = as_double(ceil_div(problem.taps() * problem.c_per_group(), candidate.block_n));
       const double activation_reuse =
-          as_double(ceil_div(filters, candidate.block_m) * problem.taps() * problem.p * problem.q) / as_double(std::max<int64_t>(problem.h * problem.w, 1));
+          as_double(ceil_div(filters, candidate.block_m) * problem.taps() * problem.p * problem.q) /
+          as_double(std::max<int64_t>(problem.h * problem.w, 1));
       const bool source_fits = in_chunks(plan, request.source, filters);
       const bool activation_fits = in_chunks(plan, request.activation, problem.c_per_group());
       candidate.copy_source = !source_fits;
@@ -529,7 +537,8 @@ Plan plan_conv(const PlanRequest& request) {
   } else {
     plan_gather(plan);
     if (plan.splits > 1) {
-      plan.partial_bytes = plan.splits * plan.blocks * plan.block_m * plan.block_n * (request.dtype == DType::float64 ? 8 : 4);
+      plan.partial_bytes =
+          plan.splits * plan.blocks * plan.block_m * plan.block_n * (request.dtype == DType::float64 ? 8 : 4);
     }
   }
   const ConvProblem& p = request.problem;
@@ -539,7 +548,8 @@ Plan plan_conv(const PlanRequest& request) {
     plan.rows_bytes = row_bytes(plan, source_pixels(request), channels);
   }
   if (plan.copy_activation) plan.activation_bytes = row_bytes(plan, p.n * p.h * p.w, p.c_per_group());
-  plan.moved_bytes = plan.bytes + 2.0 * as_double(plan.filter_bytes + plan.rows_bytes + plan.activation_bytes + plan.partial_bytes);
+  plan.moved_bytes =
+      plan.bytes + 2.0 * as_double(plan.filter_bytes + plan.rows_bytes + plan.activation_bytes + plan.partial_bytes);
   return plan;
 }
 
@@ -556,7 +566,8 @@ std::vector<std::string> Plan::kernels() const {
     const bool vector = layout.rows && layout.aligned && channels % per_chunk(request.dtype) == 0;
     names.push_back((vector ? "rows_vector_" : "rows_any_") + storage);
   };
-  if (copy_source) rows(request.source, request.pass == Pass::fprop ? request.problem.c_per_group() : request.problem.k_per_group());
+  if (copy_source)
+    rows(request.source, request.pass == Pass::fprop ? request.problem.c_per_group() : request.problem.k_per_group());
   if (copy_activation) rows(request.activation, request.problem.c_per_group());
   if (pack_filter) names.push_back("pack_filter_" + dtype);
   std::string name = wgrad ? "wgrad" : "gather";
@@ -593,8 +604,11 @@ std::string Plan::str() const {
   out << " blocks=" << blocks;
   if (splits > 1) out << " splits=" << splits;
   out << " blocks_per_sm=" << blocks_per_sm << " waves=" << waves();
-  if (copy_source || copy_activation) out << " copied=" << (copy_source ? "source" : "") << (copy_source && copy_activation ? "+" : "") << (copy_activation ? "activation" : "");
-  out << " gflop=" << flops * 1e-9 << " issued=" << (flops > 0 ? issued_flops / flops : 0.0) << "x mbytes=" << bytes * 1e-6 << " moved=" << (bytes > 0 ? moved_bytes / bytes : 0.0) << 'x';
+  if (copy_source || copy_activation)
+    out << " copied=" << (copy_source ? "source" : "") << (copy_source && copy_activation ? "+" : "")
+        << (copy_activation ? "activation" : "");
+  out << " gflop=" << flops * 1e-9 << " issued=" << (flops > 0 ? issued_flops / flops : 0.0)
+      << "x mbytes=" << bytes * 1e-6 << " moved=" << (bytes > 0 ? moved_bytes / bytes : 0.0) << 'x';
   return out.str();
 }
 

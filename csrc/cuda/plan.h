@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// problem -> plan on a GPU: algorithm, tile, split-K, phases, workspace and predicted traffic. Pure and host-only, so it
-// is tested and printed for any architecture without a device.
+// problem -> plan on a GPU: algorithm, tile, split-K, phases, workspace and predicted traffic. Pure and host-only, so
+// it is tested and printed for any architecture without a device.
 #pragma once
 
 #include <string>
@@ -36,9 +36,9 @@ struct PlanRequest {
   DType dtype;
   bool tf32;  // float32 may be computed in tf32
   Gpu gpu;
-  Layout source;       // fprop: activation, dgrad and wgrad: output
-  Layout destination;  // fprop: output, dgrad: activation; unused by wgrad
-  Layout activation;   // wgrad only
+  Layout source;             // fprop: activation, dgrad and wgrad: output
+  Layout destination;        // fprop: output, dgrad: activation; unused by wgrad
+  Layout activation;         // wgrad only
   bool filter_rows = false;  // the filter lies as [K][R][S][C / groups] on a 16-byte boundary
 };
 
@@ -54,19 +54,19 @@ struct Plan {
   bool pack_filter;
   int block_m, block_n, block_k;
   int stages, threads, shared_bytes, blocks_per_sm;
-  int64_t depth;        // channels of a tap of gemm_k (wgrad: of gemm_n), padded where copied
-  int64_t columns;      // gemm_n of a group
-  int64_t gemm_m;       // pixels of a phase; wgrad: filters of a group
+  int64_t depth;    // channels of a tap of gemm_k (wgrad: of gemm_n), padded where copied
+  int64_t columns;  // gemm_n of a group
+  int64_t gemm_m;   // pixels of a phase; wgrad: filters of a group
   int64_t m_tiles, n_tiles;
-  int64_t blocks;       // of one split, all phases
+  int64_t blocks;  // of one split, all phases
   int splits;
-  int64_t k_per_split;  // K blocks; wgrad: pixels
+  int64_t k_per_split;                                                // K blocks; wgrad: pixels
   int64_t filter_bytes, rows_bytes, activation_bytes, partial_bytes;  // of the workspace
-  double flops;         // of the problem
-  double issued_flops;  // of the tiles, padding included
-  double bytes;         // least traffic: each operand and result once
-  double moved_bytes;   // with copies, packed filters and partial sums
-  double cycles;        // estimate that the choice is based on
+  double flops;                                                       // of the problem
+  double issued_flops;                                                // of the tiles, padding included
+  double bytes;                                                       // least traffic: each operand and result once
+  double moved_bytes;                                                 // with copies, packed filters and partial sums
+  double cycles;                                                      // estimate that the choice is based on
 
   int64_t element() const { return dtype_size(request.dtype); }
   bool tf32() const { return algorithm == Algorithm::mma && request.dtype == DType::float32; }

@@ -13,13 +13,29 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory; zeros where `valid` is false, and then the source is not touched.
-__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target), "l"(source), "r"(bytes));
+template <int kValue>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+// Calls fn(0), fn(1), ... with constants, so that what they index stays in registers and offsets become immediates.
+template <int kCount, class Fn>
+__device__ __forceinline__ void unroll(const Fn& fn) {
+  if constexpr (kCount > 0) {
+    unroll<kCount - 1>(fn);
+    fn(Constant<kCount - 1>{});
+  }
 }
 
-// One element of 4 or 8 bytes, likewise.
+// 16 bytes from global to shared memory, kTarget and kSource bytes behind the addresses. `bytes` is 16, or 0 to write
+// zeros without touching the source.
+template <int kTarget, int kSource = 0>
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;\n" ::"r"(target), "l"(source), "r"(bytes),
+               "n"(kTarget), "n"(kSource));
+}
+
+// One element of 4 or 8 bytes, zero where it is not valid.
 template <int kBytes>
 __device__ __forceinline__ void copy_async_element(uint32_t target, const void* source, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8, "cp.async.ca copies 4, 8 or 16 bytes");
@@ -36,17 +52,19 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // Four 8x8 matrices of 16-bit elements, or 8x4 of 32-bit ones: lane 4 * g + t receives row g, column t.
+template <int kOffset>
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&values)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];\n"
                : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
-               : "r"(address));
+               : "r"(address), "n"(kOffset));
 }
 
 // The same with every matrix transposed; 16-bit elements only.
+template <int kOffset>
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&values)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];\n"
                : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
-               : "r"(address));
+               : "r"(address), "n"(kOffset));
 }
 
 // Two neighbouring results in one store; C++ stores of pairs are taken apart by the compiler.
@@ -55,24 +73,35 @@ __device__ __forceinline__ void store_pair(float* target, float v0, float v1) {
 }
 
 __device__ __forceinline__ void store_quad(float* target, float v0, float v1, float v2, float v3) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(target), "f"(v0), "f"(v1), "f"(v2), "f"(v3) : "memory");
-}
-
-// A 16-byte chunk of registers into shared memory.
-__device__ __forceinline__ void store_chunk(uint32_t target, const uint32_t (&chunk)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]),
-               "r"(chunk[3])
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(target), "f"(v0), "f"(v1), "f"(v2), "f"(v3)
                : "memory");
 }
 
-__device__ __forceinline__ void load_chunk(uint32_t (&chunk)[4], uint32_t source) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(chunk[0]), "=r"(chunk[1]), "=r"(chunk[2]), "=r"(chunk[3])
-               : "r"(source));
+// A 16-byte chunk of registers into shared memory.
+template <int kOffset>
+__device__ __forceinline__ void store_chunk(uint32_t target, const uint32_t (&chunk)[4]) {
+  asm volatile("st.shared.v4.b32 [%0 + %5], {%1, %2, %3, %4};\n" ::"r"(target), "r"(chunk[0]), "r"(chunk[1]),
+               "r"(chunk[2]), "r"(chunk[3]), "n"(kOffset)
+               : "memory");
 }
 
-// Keeps a value that is cheap to compute again in its register.
-__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+template <int kOffset>
+__device__ __forceinline__ void load_chunk(uint32_t (&chunk)[4], uint32_t source) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];\n"
+               : "=r"(chunk[0]), "=r"(chunk[1]), "=r"(chunk[2]), "=r"(chunk[3])
+               : "r"(source), "n"(kOffset));
+}
+
+// Keeps a value in its register: the compiler would rather compute it again, or take it apart.
+template <class T>
+__device__ __forceinline__ void keep(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    static_assert(sizeof(T) == 4, "a register has 32 or 64 bits");
+    asm volatile("" : "+r"(value));
+  }
+}
 
 // c += a * b for a 16 x k, b k x 8: k = 16 for two-byte elements, 8 for tf32. float means tf32 here.
 template <class T>

@@ -38,7 +38,9 @@ struct RowsAny {
   __device__ __forceinline__ static int channel_of(const RowsParams& p, uint32_t column) {
     if (column >= static_cast<uint32_t>(p.padded)) return -1;
     const uint32_t group = p.depth.split(column);
-    return static_cast<int>(column) < p.group_channels ? static_cast<int>(group) * p.group_channels + static_cast<int>(column) : -1;
+    return static_cast<int>(column) < p.group_channels
+               ? static_cast<int>(group) * p.group_channels + static_cast<int>(column)
+               : -1;
   }
 
   // Calls fn(column, pixel, value) for the elements of a view's tile.

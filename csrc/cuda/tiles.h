@@ -31,7 +31,7 @@ constexpr int gather_shared_bytes(const Tile& tile) {
 }
 
 // Where the pixels of two K blocks lie; tf32 rows are padded by 32 bytes.
-constexpr int kWgradPixelBytes = 24;
+constexpr int kWgradPixelBytes = 32;
 constexpr int wgrad_shared_bytes(const Tile& tile, int element) {
   const int block_k = kStageRowBytes / element;
   const int padding = element == 4 ? 2 * 32 * block_k : 0;
@@ -40,22 +40,22 @@ constexpr int wgrad_shared_bytes(const Tile& tile, int element) {
 
 // fprop and dgrad on tensor cores. gemm_m: destination pixels, gemm_n: destination channels.
 constexpr Tile kGatherTiles[] = {
-    {128, 128, 64, 64, 3, 2},
-    {128, 64, 64, 32, 3, 3},
-    {64, 64, 32, 32, 4, 4},
-    {128, 32, 32, 32, 3, 4},
+    {128, 128, 64, 64, 3, 2}, {256, 64, 64, 64, 3, 2}, {128, 64, 64, 32, 3, 3},
+    {64, 64, 32, 32, 4, 4},   {128, 32, 32, 32, 3, 4},
 };
-constexpr int kGatherTileCount = 4;
+constexpr int kGatherTileCount = 5;
+constexpr int kLargestBlockM = 256, kLargestBlockN = 128;
 // Of these, the ones with a loader for channels that are not whole 16-byte chunks.
-constexpr bool kGatherTileIsNarrow[] = {false, true, false, true};
+constexpr bool kGatherTileIsNarrow[] = {false, false, true, false, true};
 
 // wgrad on tensor cores. gemm_m: filters, gemm_n: (tap, channel), gemm_k: output pixels.
 constexpr Tile kWgradTiles[] = {
     {128, 128, 64, 64, 3, 2},
+    {64, 128, 32, 64, 3, 3},
     {64, 64, 32, 32, 4, 4},
 };
-constexpr int kWgradTileCount = 2;
-constexpr bool kWgradTileIsNarrow[] = {false, true};
+constexpr int kWgradTileCount = 3;
+constexpr bool kWgradTileIsNarrow[] = {false, false, true};
 
 // Products in full float32 and float64: 256 threads, each with (block_m / 16) x (block_n / 16) sums.
 struct FmaTile {
@@ -65,6 +65,7 @@ struct FmaTile {
   static constexpr int kBlockK = 8;
   static constexpr int kStages = 3;
   static constexpr int kPadBytes = 16;
+  static constexpr int kBlocksPerSm = 2;
 
   static constexpr int kSlabN = 32;  // columns that are stored at a time
 
@@ -88,14 +89,18 @@ struct DirectTile {
   static constexpr int kThreads = 128;
   static constexpr int kPixels = 4;
   static constexpr int kChunk = 128;
+  // The register budget: more blocks would make ptxas spill.
+  static constexpr int blocks_per_sm(int accumulator) { return accumulator == 8 ? 3 : 4; }
   static constexpr int kBlockM = kThreads * kPixels;
 };
 
 struct DepthwiseTile {
   static constexpr int kThreads = 128;
   static constexpr int kPixels = 4;
+  static constexpr int kBlocksPerSm = 4;
   static constexpr int kWgradThreads = 256;
   static constexpr int kWgradTaps = 9;
+  static constexpr int kWgradBlocksPerSm = 3;
 };
 
 }  // namespace segpose::cuda

@@ -20,14 +20,19 @@ class WarpTile {
   static constexpr int kFragsN = WARP_N / 8;
   static constexpr int kSteps = 2;  // mma instructions along the 64 bytes of a row
 
-  // B tiles lie `b_offset` bytes behind A tiles in a stage.
-  __device__ __forceinline__ WarpTile(int warp_m, int warp_n, uint32_t b_offset)
+  // Stages begin at this shared-memory address; in each the B tile lies `b_offset` bytes behind the A tile.
+  __device__ __forceinline__ WarpTile(uint32_t stages, uint32_t b_offset, int warp_m, int warp_n)
       : row_(warp_m * WARP_M), column_(warp_n * WARP_N) {
     const int lane = threadIdx.x % 32;
-    a_ = swizzled(row_ + lane % 16, lane / 16);
-    b_ = b_offset + swizzled(column_ + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    keep(a_);
-    keep(b_);
+    // The second step's chunks are two further on, which under the swizzle flips one address bit.
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      a_[step] = stages + (swizzled(row_ + lane % 16, lane / 16) ^ (step * 2 * kChunkBytes));
+      b_[step] =
+          stages + b_offset + (swizzled(column_ + lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ (step * 2 * kChunkBytes));
+      keep(a_[step]);
+      keep(b_[step]);
+    }
 #pragma unroll
     for (int i = 0; i < kFragsM; ++i) {
 #pragma unroll
@@ -38,21 +43,15 @@ class WarpTile {
     }
   }
 
-  __device__ __forceinline__ int column() const { return column_; }
-
-  // Adds the product of the tiles in the stage at this shared-memory address.
-  __device__ __forceinline__ void multiply(uint32_t stage) {
+  // Adds the product of the tiles kStage bytes into the stages.
+  template <int kStage>
+  __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[kFragsM][4];
       uint32_t b[kFragsN / 2][4];
-      // The second step's chunks are two further on, which under the swizzle flips one address bit.
-      const uint32_t a_at = stage + (a_ ^ (step * 2 * kChunkBytes));
-      const uint32_t b_at = stage + (b_ ^ (step * 2 * kChunkBytes));
-#pragma unroll
-      for (int i = 0; i < kFragsM; ++i) load_matrix_x4(a[i], a_at + i * 16 * kStageRowBytes);
-#pragma unroll
-      for (int j = 0; j < kFragsN / 2; ++j) load_matrix_x4(b[j], b_at + j * 16 * kStageRowBytes);
+      unroll<kFragsM>([&](auto i) { load_matrix_x4<kStage + i * 16 * kStageRowBytes>(a[i], a_[step]); });
+      unroll<kFragsN / 2>([&](auto j) { load_matrix_x4<kStage + j * 16 * kStageRowBytes>(b[j], b_[step]); });
       if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int i = 0; i < kFragsM; ++i) {
@@ -86,7 +85,7 @@ class WarpTile {
 
  private:
   float c_[kFragsM][kFragsN][4];
-  uint32_t a_, b_;  // this lane's ldmatrix addresses in a stage
+  uint32_t a_[kSteps], b_[kSteps];  // this lane's ldmatrix addresses in a stage
   int row_, column_;
 };
 

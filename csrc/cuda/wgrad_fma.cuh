@@ -14,15 +14,16 @@ struct WgradFma {
   static constexpr int BLOCK_K = Sums::BLOCK_K;
   static constexpr int kThreads = FmaTile::kThreads;
   static constexpr int kStages = FmaTile::kStages;
+  using Pixels = WgradPixels<BLOCK_K>;
   static constexpr int kPixelBlocks = 2;
   static constexpr int kSharedBytes = FmaTile{BLOCK_M, BLOCK_N}.wgrad_shared_bytes(sizeof(T));
-  static_assert(kSharedBytes == kStages * sizeof(Stage) + kPixelBlocks * BLOCK_K * sizeof(WgradPixel),
+  static_assert(kSharedBytes == kStages * sizeof(Stage) + kPixelBlocks * sizeof(Pixels),
                 "the plan must know what the kernel takes");
 
   __device__ __forceinline__ static void run(const WgradParams& p) {
     extern __shared__ __align__(128) unsigned char shared[];
     auto* const stages = reinterpret_cast<Stage*>(shared);
-    auto* const pixels = reinterpret_cast<WgradPixel*>(stages + kStages);
+    auto* const pixels = reinterpret_cast<Pixels*>(stages + kStages);
 
     // Block scheduling
     const WgradBlock block(p);
@@ -31,32 +32,31 @@ struct WgradFma {
     const int k_blocks = static_cast<int>((end - first + BLOCK_K - 1) / BLOCK_K);
     const auto locate = [&](int k_block) {
       if (threadIdx.x < BLOCK_K) {
-        pixels[k_block % kPixelBlocks * BLOCK_K + threadIdx.x].locate(
-            p, first + int64_t{k_block} * BLOCK_K + threadIdx.x, end);
+        const int64_t index = first + int64_t{k_block} * BLOCK_K + threadIdx.x;
+        pixels[k_block % kPixelBlocks].locate(p, threadIdx.x, index, end, sizeof(T));
       }
     };
 
     // This thread copies one filter and one (tap, channel) of some pixels.
     const int filter = threadIdx.x % BLOCK_M;
     const bool filter_valid = static_cast<int>(block.m_tile) * BLOCK_M + filter < p.filters;
-    const T* const output =
+    const auto* const output = reinterpret_cast<const char*>(
         static_cast<const T*>(p.output.data) +
-        (int64_t{block.group} * p.output_depth + int64_t{block.m_tile} * BLOCK_M + filter) * p.output.stride_c;
+        (int64_t{block.group} * p.output_depth + int64_t{block.m_tile} * BLOCK_M + filter) * p.output.stride_c);
     const int column = threadIdx.x % BLOCK_N;
     WgradColumn place;
-    place.locate(p, block.group, block.n_tile * BLOCK_N + column);
-    const T* const activation = static_cast<const T*>(p.activation.data) + place.offset;
+    place.locate(p, block.group, block.n_tile * BLOCK_N + column, sizeof(T));
     const auto fetch = [&](int k_block, Stage& stage) {
-      const WgradPixel* const located = pixels + k_block % kPixelBlocks * BLOCK_K;
+      const Pixels& located = pixels[k_block % kPixelBlocks];
 #pragma unroll
       for (int k = threadIdx.x / BLOCK_M; k < BLOCK_K; k += kThreads / BLOCK_M) {
-        copy_async_element<sizeof(T)>(shared_address(&stage.a[k][filter]), output + located[k].output,
-                                      filter_valid && located[k].output >= 0);
+        copy_async_element<sizeof(T)>(shared_address(&stage.a[k][filter]), output + located.output[k].offset,
+                                      filter_valid && located.output[k].bytes != 0);
       }
 #pragma unroll
       for (int k = threadIdx.x / BLOCK_N; k < BLOCK_K; k += kThreads / BLOCK_N) {
-        copy_async_element<sizeof(T)>(shared_address(&stage.b[k][column]), activation + located[k].activation,
-                                      place.inside(p, located[k]));
+        copy_async_element<sizeof(T)>(shared_address(&stage.b[k][column]), place.source + located.activation[k].offset,
+                                      place.inside(p, located.activation[k]));
       }
     };
 

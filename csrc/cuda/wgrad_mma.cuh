@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "pipeline.cuh"
 #include "wgrad_source.cuh"
 #include "wgrad_warp_tile.cuh"
 
@@ -21,10 +22,11 @@ struct WgradMma {
   using OutputLayout = WgradLayout<T, BLOCK_M>;
   using ActivationLayout = WgradLayout<T, BLOCK_N>;
   static constexpr int kStageBytes = OutputLayout::kBytes + ActivationLayout::kBytes;
-  // Pixels of the K block that is copied next and of the one after it.
+  using Pixels = WgradPixels<BLOCK_K>;
+  // Of the K block that is copied next and of the one after it.
   static constexpr int kPixelBlocks = 2;
   static constexpr int kSharedBytes = wgrad_shared_bytes(kShape, sizeof(T));
-  static_assert(kSharedBytes == kStages * kStageBytes + kPixelBlocks * BLOCK_K * sizeof(WgradPixel),
+  static_assert(kSharedBytes == kStages * kStageBytes + kPixelBlocks * sizeof(Pixels),
                 "the plan must know what the kernel takes");
 
   using Source = std::conditional_t<kNarrow, NarrowWgradSource<T, BLOCK_M, BLOCK_N, kThreads>,
@@ -33,7 +35,7 @@ struct WgradMma {
   __device__ __forceinline__ static void run(const WgradParams& p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t stages = shared_address(shared);
-    auto* const pixels = reinterpret_cast<WgradPixel*>(shared + kStages * kStageBytes);
+    auto* const pixels = reinterpret_cast<Pixels*>(shared + kStages * kStageBytes);
 
     // Block scheduling
     const WgradBlock block(p);
@@ -41,42 +43,26 @@ struct WgradMma {
     const int64_t end = min(p.pixels, first + p.pixels_per_split);
     const int k_blocks = static_cast<int>((end - first + BLOCK_K - 1) / BLOCK_K);
     // The warps take turns at locating the pixels of a K block.
-    const auto locate = [&](int k_block) {
-      const int thread = threadIdx.x - k_block % (kThreads / 32) * 32;
-      if (thread >= 0 && thread < BLOCK_K) {
-        pixels[k_block % kPixelBlocks * BLOCK_K + thread].locate(p, first + int64_t{k_block} * BLOCK_K + thread, end);
+    const unsigned warp = threadIdx.x / 32;
+    const unsigned lane = threadIdx.x % 32;
+    const auto locate = [&](unsigned k_block) {
+      if (k_block % (kThreads / 32) == warp && lane < BLOCK_K) {
+        const int64_t index = first + k_block * BLOCK_K + lane;
+        pixels[k_block % kPixelBlocks].locate(p, lane, index, end, sizeof(T));
       }
     };
 
     // Mainloop
-    WgradWarpTile<T, BLOCK_M, BLOCK_N, WARP_M, WARP_N> tile;
-    Source source(p, block);
+    WgradWarpTile<T, BLOCK_M, BLOCK_N, WARP_M, WARP_N> tile(stages);
+    Source source(p, block, stages);
     locate(0);
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      __syncthreads();
-      locate(i + 1);
-      if (i < k_blocks) {
-        source.fetch(p, pixels + i % kPixelBlocks * BLOCK_K, stages + i * kStageBytes);
-        source.land(stages + i * kStageBytes);
-      }
-      commit_copies();
-    }
-    uint32_t reading = stages;
-    uint32_t writing = stages + (kStages - 1) * kStageBytes;
-    for (int i = 0; i < k_blocks; ++i) {
-      wait_copies<kStages - 2>();
-      __syncthreads();
-      const int next = i + kStages - 1;
-      locate(next + 1);
-      const bool more = next < k_blocks;
-      if (more) source.fetch(p, pixels + next % kPixelBlocks * BLOCK_K, writing);
-      commit_copies();
-      tile.multiply(reading);
-      if (more) source.land(writing);
-      reading = reading == stages + (kStages - 1) * kStageBytes ? stages : reading + kStageBytes;
-      writing = writing == stages + (kStages - 1) * kStageBytes ? stages : writing + kStageBytes;
-    }
+    run_pipeline<kStages>(
+        k_blocks, [&](unsigned k_block) { locate(k_block + 1); },
+        [&](auto stage, unsigned k_block) {
+          source.template fetch<stage * kStageBytes>(p, pixels[k_block % kPixelBlocks]);
+        },
+        [&](auto stage) { tile.template multiply<stage * kStageBytes>(); },
+        [&](auto stage) { source.template land<stage * kStageBytes>(); });
 
     // Epilogue
     float* const partial =
