@@ -11,6 +11,7 @@
 
 #include "cpu/plan.h"
 #include "cpu/ukernels.h"
+#include "cuda/plan_bindings.h"
 
 namespace py = pybind11;
 using namespace segpose;
@@ -157,6 +158,7 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("problem"), py::arg("op") = "fprop", py::arg("dtype") = "float32", py::arg("isa") = std::nullopt,
       py::arg("exact") = false, "The plan of one pass (fprop, dgrad, wgrad).");
   m.def("phases", &dgrad_phases, py::arg("problem"), "The dgrad phases of a problem, heaviest first.");
+  cuda::bind_plans(m);
   m.def("cpu_features", [] {
     std::map<std::string, bool> features;
     for (const auto& [name, present] : cpu_features()) features[name] = present;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_filter(const __grid_constan
     const uint32_t group = p.columns.split(column);
     uint32_t channel = k;
     const auto tap = static_cast<int>(p.depth_div.split(channel));
-    T value = T(0.f);
+    T value = narrow<T>(Accumulator<T>(0));
     if (tap < phase.taps && channel < static_cast<uint32_t>(p.channels)) {
       uint32_t tap_w = tap;
       uint32_t tap_h = phase.taps_w.split(tap_w);

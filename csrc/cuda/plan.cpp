@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 
@@ -18,8 +19,12 @@ constexpr double kWgradEfficiency[] = {0.70, 0.65, 0.55};
 constexpr double kNarrowEfficiency = 0.4;  // of the same tile with whole chunks
 constexpr double kFmaEfficiency = 0.75;
 constexpr double kDirectEfficiency = 0.5;
-// Cycles that a block spends outside its mainloop, and those of one more kernel.
-constexpr double kBlockCycles = 1500;
+// Cycles that a block spends outside its mainloop, with so many elements stored in each, and those of one more kernel.
+constexpr double kBlockCycles = 500;
+constexpr double kStoresPerCycle = 16;
+constexpr double kResidentShare[] = {0.6, 0.85, 1.0};
+constexpr double kL2BytesPerClock = 48;  // of a multiprocessor
+constexpr double kOverlapLoss = 0.1;
 constexpr double kLaunchCycles = 4000;
 // A copy to padded rows pays when elements are read more often than this, and does not when it adds more padding.
 constexpr double kCopyReuse = 2.0;
@@ -96,11 +101,29 @@ double memory_cycles(const PlanRequest& request, double bytes) {
   return bytes / (request.gpu.bytes_per_clock * request.gpu.multiprocessors);
 }
 
-// Time of `blocks` equal blocks of `cycles` each when every multiprocessor takes one after the other.
-double block_cycles(const Gpu& gpu, double blocks, double cycles) {
-  const double rounds = std::ceil(blocks / gpu.multiprocessors);
-  // A multiprocessor's last blocks run beside each other: only their share of the pipes counts.
-  return rounds * cycles;
+// Time of `blocks` equal blocks of `cycles` each, spread over the multiprocessors. One block alone leaves gaps in the
+// pipes that a second and third fill.
+double block_cycles(const Plan& plan, double blocks, double cycles) {
+  const double on_one = std::ceil(blocks / plan.request.gpu.multiprocessors);
+  const int resident = static_cast<int>(std::min(on_one, as_double(std::min(plan.blocks_per_sm, 3))));
+  return on_one * cycles / kResidentShare[resident - 1];
+}
+
+double fixed_cycles(const Plan& plan) {
+  return kBlockCycles + as_double(int64_t{plan.block_m} * plan.block_n) / kStoresPerCycle;
+}
+
+// Data that the blocks load, tiles of both operands for every K block, come from L2.
+double l2_cycles(const Plan& plan, double k_blocks) {
+  const double bytes = k_blocks * (plan.block_m + plan.block_n) * plan.block_k * as_double(plan.element());
+  return bytes / (kL2BytesPerClock * plan.request.gpu.multiprocessors);
+}
+
+// The slowest of what goes on at the same time, and a little of the rest: none of it is free.
+double overlapped(std::initializer_list<double> cycles) {
+  double sum = 0;
+  for (const double each : cycles) sum += each;
+  return std::max(cycles) + kOverlapLoss * (sum - std::max(cycles));
 }
 
 void set_blocks(Plan& plan, int64_t m) {
@@ -120,7 +143,6 @@ int64_t k_blocks_of(const Plan& plan, const Phase& phase) {
 
 // Chooses the splits of a tile and fills in its estimate.
 void estimate_gather(Plan& plan, double rate, double efficiency) {
-  const Gpu& gpu = plan.request.gpu;
   const double k_cycles = as_double(int64_t{plan.block_m} * plan.block_n * plan.block_k) / (rate * efficiency);
   int64_t total_k = 0, most_k = 0;
   for (const Phase& phase : plan.phases) {
@@ -135,11 +157,12 @@ void estimate_gather(Plan& plan, double rate, double efficiency) {
   plan.cycles = std::numeric_limits<double>::infinity();
   for (const int64_t splits : kSplits) {
     if (splits > 1 && most_k / splits < kMinSplitBlocks) break;
-    const double compute =
-        block_cycles(gpu, as_double(plan.blocks * splits), average_k / as_double(splits) * k_cycles + kBlockCycles);
-    // However many multiprocessors there are, the deepest block is one of them.
-    const double deepest = as_double(ceil_div(most_k, splits)) * k_cycles + kBlockCycles;
-    double cycles = std::max({compute, deepest, memory});
+    const double compute = block_cycles(plan, as_double(plan.blocks * splits),
+                                        average_k / as_double(splits) * k_cycles + fixed_cycles(plan));
+    // However many multiprocessors there are, the deepest block runs on one of them.
+    const double deepest = (as_double(ceil_div(most_k, splits)) * k_cycles + fixed_cycles(plan)) / kResidentShare[0];
+    double cycles =
+        overlapped({std::max(compute, deepest), memory, l2_cycles(plan, as_double(plan.blocks) * average_k)});
     const int64_t partial = splits == 1 ? 0 : splits * plan.blocks * plan.block_m * plan.block_n * 4;
     if (splits > 1) cycles += kLaunchCycles + memory_cycles(plan.request, as_double(partial));
     if (cycles < plan.cycles) {
@@ -189,18 +212,20 @@ bool in_chunks(const Plan& plan, const Layout& layout, int64_t channels) {
   return layout.rows && layout.aligned && stored_depth(layout, channels) % per_chunk(plan.request.dtype) == 0;
 }
 
-// Kernel equals stride and every destination pixel has exactly one tap.
+// Every destination position along an axis has exactly one tap: kernels equal their stride, or there is one source.
+bool one_tap_each(int64_t source, int64_t extent, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return pad == 0 && (kernel == 1 || dilation == 1) && extent == source * kernel && (source == 1 || kernel == stride);
+}
+
 bool can_shuffle(const PlanRequest& request) {
   const ConvProblem& p = request.problem;
-  return request.pass == Pass::dgrad && p.taps() > 1 && p.r == p.stride_h && p.s == p.stride_w && p.pad_h == 0 &&
-         p.pad_w == 0 && (p.r == 1 || p.dilation_h == 1) && (p.s == 1 || p.dilation_w == 1) && p.h == p.p * p.r &&
-         p.w == p.q * p.s;
+  return request.pass == Pass::dgrad && p.taps() > 1 &&
+         one_tap_each(p.p, p.h, p.r, p.stride_h, p.pad_h, p.dilation_h) &&
+         one_tap_each(p.q, p.w, p.s, p.stride_w, p.pad_w, p.dilation_w);
 }
 
 // One phase over the source pixels; its columns are (tap, channel).
-Phase shuffle_phase(const ConvProblem& p) {
-  return {0, 0, p.p, p.q, p.stride_h, p.stride_w, 1, 1, {{0, 0, 0, 0}}, false};
-}
+Phase shuffle_phase(const ConvProblem& p) { return {0, 0, p.p, p.q, p.r, p.s, 1, 1, {{0, 0, 0, 0}}, false}; }
 
 void plan_implicit_gemm(Plan& plan, int64_t source_channels, int64_t destination_channels) {
   const PlanRequest& request = plan.request;
@@ -278,7 +303,7 @@ void plan_direct(Plan& plan, int64_t source_channels, int64_t destination_channe
   // Multiply-adds are spread over all multiprocessors, or over the few that have a block.
   const double busy = std::min(as_double(request.gpu.multiprocessors), as_double(plan.blocks));
   const double compute = products / (busy * fma_rate(request) * kDirectEfficiency);
-  plan.cycles = std::max(compute, memory_cycles(request, plan.moved_bytes)) + kBlockCycles;
+  plan.cycles = overlapped({compute, memory_cycles(request, plan.moved_bytes)}) + kBlockCycles;
 }
 
 void plan_depthwise(Plan& plan) {
@@ -364,10 +389,11 @@ void estimate_wgrad(Plan& plan, double rate, double efficiency) {
     const int64_t depth = ceil_div(k_blocks, splits);
     splits = ceil_div(k_blocks, depth);
     const double compute =
-        block_cycles(request.gpu, as_double(plan.blocks * splits), as_double(depth) * k_cycles + kBlockCycles);
+        block_cycles(plan, as_double(plan.blocks * splits), as_double(depth) * k_cycles + fixed_cycles(plan));
     const double partial = 2.0 * as_double(piece_bytes * splits);
-    const double cycles =
-        std::max(compute, memory_cycles(request, plan.moved_bytes)) + memory_cycles(request, partial) + kLaunchCycles;
+    const double cycles = overlapped({compute, memory_cycles(request, plan.moved_bytes),
+                                      l2_cycles(plan, as_double(plan.blocks * k_blocks))}) +
+                          memory_cycles(request, partial) + kLaunchCycles;
     if (cycles < plan.cycles) {
       plan.cycles = cycles;
       plan.splits = static_cast<int>(splits);

@@ -46,10 +46,10 @@ struct Plan {
   PlanRequest request;
   Algorithm algorithm;
   std::vector<Phase> phases;  // fprop and dgrad: destination pixels; wgrad: the fprop phase
-  bool shuffle;               // dgrad with kernel == stride: one GEMM whose columns are (tap, channel)
-  int tile;                   // of kGatherTiles or kWgradTiles, mma only
-  bool narrow;                // loads of single elements, or of none-vector channels
-  bool copy_source;           // operands first copied to aligned rows
+  bool shuffle;      // dgrad with one tap for each destination pixel: one GEMM whose columns are (tap, channel)
+  int tile;          // of kGatherTiles or kWgradTiles, mma only
+  bool narrow;       // loads of single elements, or of none-vector channels
+  bool copy_source;  // operands first copied to aligned rows
   bool copy_activation;
   bool pack_filter;
   int block_m, block_n, block_k;

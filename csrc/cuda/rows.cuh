@@ -56,7 +56,7 @@ struct RowsAny {
       const int c = along_channels ? index % kChannels : index / kPixels;
       const int m = along_channels ? index / kChannels : index % kPixels;
       const int channel = channel_of(p, blockIdx.y * kChannels + c);
-      values[i] = T(0.f);
+      values[i] = narrow<T>(Acc(0));
       if (channel >= 0 && first + m < end) {
         values[i] = data[pixel_offset(p, view, first + m) + channel * view.stride_c];
       }
