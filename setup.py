@@ -28,7 +28,7 @@ def flag(name: str) -> bool:
 
 
 def find_cuda_home() -> Path | None:
-    """Root of a CUDA toolkit: CUDA_HOME, where the nvcc on PATH really lies, or the pip packages."""
+    """Root of a CUDA toolkit: CUDA_HOME, where nvcc on PATH really lies, or the pip packages."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
     nvcc = shutil.which("nvcc")

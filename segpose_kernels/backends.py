@@ -136,7 +136,7 @@ CUDA_LIBRARY = _load_cuda_library()
 
 def _tf32_allowed() -> bool:
     """torch's own switch for float32 convolutions on CUDA, whichever of its names set it."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 if LIBRARY.loaded:

@@ -22,7 +22,7 @@ constexpr double kDirectEfficiency = 0.5;
 // Cycles that a block spends outside its mainloop, with so many elements stored in each, and those of one more kernel.
 constexpr double kBlockCycles = 500;
 constexpr double kStoresPerCycle = 16;
-constexpr double kResidentShare[] = {0.6, 0.85, 1.0};
+constexpr double kLonelyShare = 0.6;     // of the efficiency, for a block alone on its multiprocessor
 constexpr double kL2BytesPerClock = 48;  // of a multiprocessor
 constexpr double kOverlapLoss = 0.1;
 constexpr double kLaunchCycles = 4000;
@@ -102,11 +102,11 @@ double memory_cycles(const PlanRequest& request, double bytes) {
 }
 
 // Time of `blocks` equal blocks of `cycles` each, spread over the multiprocessors. One block alone leaves gaps in the
-// pipes that a second and third fill.
+// pipes that others fill, up to as many as fit.
 double block_cycles(const Plan& plan, double blocks, double cycles) {
   const double on_one = std::ceil(blocks / plan.request.gpu.multiprocessors);
-  const int resident = static_cast<int>(std::min(on_one, as_double(std::min(plan.blocks_per_sm, 3))));
-  return on_one * cycles / kResidentShare[resident - 1];
+  const double gaps = std::max(0.0, as_double(plan.blocks_per_sm) - on_one) / std::max(1, plan.blocks_per_sm - 1);
+  return on_one * cycles / (1 - (1 - kLonelyShare) * gaps);
 }
 
 double fixed_cycles(const Plan& plan) {
@@ -160,7 +160,7 @@ void estimate_gather(Plan& plan, double rate, double efficiency) {
     const double compute = block_cycles(plan, as_double(plan.blocks * splits),
                                         average_k / as_double(splits) * k_cycles + fixed_cycles(plan));
     // However many multiprocessors there are, the deepest block runs on one of them.
-    const double deepest = (as_double(ceil_div(most_k, splits)) * k_cycles + fixed_cycles(plan)) / kResidentShare[0];
+    const double deepest = (as_double(ceil_div(most_k, splits)) * k_cycles + fixed_cycles(plan)) / kLonelyShare;
     double cycles =
         overlapped({std::max(compute, deepest), memory, l2_cycles(plan, as_double(plan.blocks) * average_k)});
     const int64_t partial = splits == 1 ? 0 : splits * plan.blocks * plan.block_m * plan.block_n * 4;

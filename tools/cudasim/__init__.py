@@ -149,9 +149,7 @@ def simulated(
         options["counters"] = by_kernel
     with contextlib.ExitStack() as stack:
         for operator in (functional._CONV2D, functional._CONV_TRANSPOSE2D):
-            stack.enter_context(
-                mock.patch.dict(operator.runners, {"cuda": ops[operator.label]})
-            )
+            stack.enter_context(mock.patch.dict(operator.runners, {"cuda": ops[operator.label]}))
         stack.enter_context(mock.patch.dict(backends._BY_NAME, {"cuda": cuda}))
         stack.enter_context(mock.patch.dict(backends._selected, clear=True))
         report = stack.enter_context(built.watch(**options))
