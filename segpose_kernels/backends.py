@@ -134,7 +134,7 @@ def _load_cuda_library() -> Library:
 CUDA_LIBRARY = _load_cuda_library()
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     """torch's own switch for float32 convolutions on CUDA, whichever of its names set it."""
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
@@ -142,7 +142,7 @@ def _tf32_allowed() -> bool:
 if LIBRARY.loaded:
     # The CUDA kernels ask through the dispatcher: the switch counts when a pass runs, in compiled
     # graphs and backward threads too.
-    torch.library.impl(f"{NAMESPACE}::tf32_allowed", "CompositeExplicitAutograd")(_tf32_allowed)
+    torch.library.impl(f"{NAMESPACE}::tf32_allowed", "CompositeExplicitAutograd")(tf32_allowed)
 
 
 @dataclass(frozen=True)

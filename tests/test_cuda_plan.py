@@ -8,8 +8,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from segpose_kernels import _plan
+from segpose_kernels.swap import explain, optimize
 from segpose_kernels.testing.gpu_problems import GPU_PROBLEMS
 from segpose_kernels.testing.plans import problem_of
 from segpose_kernels.testing.problems import (
@@ -190,3 +193,19 @@ def test_too_many_pixels_raise() -> None:
     huge = _plan.ConvProblem.for_conv2d((1, 8, 1 << 15, 1 << 16), (8, 8, 1, 1))
     with pytest.raises(ValueError, match="pixels of the activation must be below"):
         _plan.cuda_plan(huge)
+
+
+def test_explain_shows_cuda_plans_without_a_gpu() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(), nn.ConvTranspose2d(64, 21, 2, 2)
+    )
+    optimize(model)
+    for arch in ARCHS:
+        conv, up = explain(model, torch.randn(1, 3, 16, 16), arch=arch, show=False)
+        assert (conv.backend, up.backend) == ("cuda", "cuda")
+        for layer, op in ((conv, "fprop"), (up, "dgrad")):
+            assert layer.algorithm.startswith(op)
+            assert arch in layer.algorithm
+        assert up.flops == 2 * 64 * 21 * 4 * 16 * 16
+    with pytest.raises(ValueError, match="from sm_80 on"):
+        explain(model, torch.randn(1, 3, 16, 16), arch="sm_70", show=False)

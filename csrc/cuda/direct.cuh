@@ -153,7 +153,7 @@ struct Direct {
 };
 
 template <class T, int kColumns, int kVector>
-__global__ void __launch_bounds__(DirectTile::kThreads, DirectTile::blocks_per_sm(sizeof(Accumulator<T>)))
+__global__ void __launch_bounds__(DirectTile::kThreads, DirectTile::blocks_per_sm(kColumns, sizeof(Accumulator<T>)))
     direct(const __grid_constant__ GatherParams p) {
   __shared__ Direct<T, kColumns, kVector> shared;
   shared.run(p);

@@ -290,8 +290,8 @@ void plan_direct(Plan& plan, int64_t source_channels, int64_t destination_channe
   plan.threads = DirectTile::kThreads;
   const int accumulator = request.dtype == DType::float64 ? 8 : 4;
   plan.shared_bytes = DirectTile::kChunk * plan.block_n * accumulator;
-  plan.blocks_per_sm =
-      resident_blocks(request.gpu, plan.shared_bytes, plan.threads, DirectTile::blocks_per_sm(accumulator));
+  plan.blocks_per_sm = resident_blocks(request.gpu, plan.shared_bytes, plan.threads,
+                                       DirectTile::blocks_per_sm(plan.block_n, accumulator));
   plan.narrow = !in_chunks(plan, request.source, source_channels);
   plan.pack_filter = true;
   plan.splits = 1;

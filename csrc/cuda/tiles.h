@@ -90,7 +90,7 @@ struct DirectTile {
   static constexpr int kPixels = 4;
   static constexpr int kChunk = 128;
   // The register budget: more blocks would make ptxas spill.
-  static constexpr int blocks_per_sm(int accumulator) { return accumulator == 8 ? 3 : 4; }
+  static constexpr int blocks_per_sm(int columns, int accumulator) { return columns * accumulator > 8 ? 3 : 4; }
   static constexpr int kBlockM = kThreads * kPixels;
 };
 
@@ -100,7 +100,7 @@ struct DepthwiseTile {
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kWgradThreads = 256;
   static constexpr int kWgradTaps = 9;
-  static constexpr int kWgradBlocksPerSm = 3;
+  static constexpr int kWgradBlocksPerSm = 2;
 };
 
 }  // namespace segpose::cuda

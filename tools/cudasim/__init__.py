@@ -34,6 +34,7 @@ __all__ = [
     "KERNELS",
     "SOURCES",
     "Simulator",
+    "configure",
     "have_nvcc",
     "kernel_name",
     "library",
@@ -77,18 +78,26 @@ def _compile_host(source: Path, headers: Sequence[str]) -> Path:
     return toolchain.cached_build(source, ".o", build, flags, None, torch.__version__)
 
 
+# Where the library comes from; `configure` changes it.
+_sources = SOURCES
+_kernels = tuple(SOURCES / name for name in KERNELS)
+
+
+def configure(sources: Path, kernels: Sequence[Path]) -> None:
+    """Build from other host sources and other kernels, before the first use."""
+    global _sources, _kernels
+    assert library.cache_info().currsize == 0, "the library has been built already"
+    _sources, _kernels = sources, tuple(kernels)
+
+
 @cache
-def library(
-    sources: Path = SOURCES, kernels: tuple[str, ...] = KERNELS, arch: str = "sm_80"
-) -> cudart.HostLibrary:
-    """The simulated library, built from a csrc folder; compiled files are cached by content."""
+def library(arch: str = "sm_80") -> cudart.HostLibrary:
+    """The simulated library; compiled files are cached by content."""
     headers = [*cpp_extension.include_paths(), str(_toolkit_include())]
-    objects = [_compile_host(sources / name, headers) for name in HOST]
+    objects = [_compile_host(_sources / name, headers) for name in HOST]
     torch_library = Path(torch.__file__).parent / "lib"
     link = [f"-L{torch_library}", f"-Wl,-rpath,{torch_library}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    built = cudart.compile_library(
-        [sources / name for name in kernels], arch, objects=objects, link_flags=link
-    )
+    built = cudart.compile_library(_kernels, arch, objects=objects, link_flags=link)
     # Half a million objects of parsed instructions live to the end: keep the collector off them.
     gc.collect()
     gc.freeze()
