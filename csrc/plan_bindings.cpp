@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The pybind11 module `_plan`: problems, plans, phases and CPU features for tests, `info` and `explain`. No torch here.
+#include "cuda/plan_bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +13,6 @@
 
 #include "cpu/plan.h"
 #include "cpu/ukernels.h"
-#include "cuda/plan_bindings.h"
 
 namespace py = pybind11;
 using namespace segpose;
