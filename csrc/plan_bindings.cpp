@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The pybind11 module `_plan`: problems, plans, phases and CPU features for tests, `info` and `explain`. No torch here.
+#include "cuda/plan_bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -168,6 +170,7 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("precision") = "highest", py::arg("algorithm") = "", py::arg("prepared") = false, py::arg("threads") = 1,
       "The plan of one pass (fprop, dgrad, wgrad).");
   m.def("phases", &dgrad_phases, py::arg("problem"), "The dgrad phases of a problem, heaviest first.");
+  cuda::bind_plans(m);
   m.def("cpu_features", [] {
     std::map<std::string, bool> features;
     for (const auto& [name, present] : cpu_features()) features[name] = present;

@@ -30,4 +30,6 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("set_exact(bool exact) -> bool");
   m.def("set_algorithm(str name) -> str");
   m.def("release_workspace() -> int");
+  // torch's flag for float32 convolutions on CUDA; implemented in Python, segpose_kernels/backends.py.
+  m.def("tf32_allowed() -> bool");
 }

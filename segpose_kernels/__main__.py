@@ -27,6 +27,9 @@ class Command:
 COMMANDS = {
     "demo": Command("the main job on real images, with pictures and timings", ".demo.run"),
     "info": Command("versions, instruction sets, and which backends run here", ".info"),
+    "kernels": Command(
+        "registers, shared memory and counted accesses of GPU kernels", ".kernel_facts"
+    ),
 }
 
 

@@ -60,20 +60,21 @@ class Geometry:
 
 
 class NativeOp:
-    """A forward operator of the C++ library and its backward.
+    """A registered forward operator and its backward, of the C++ library or of another namespace.
 
     `params` are the operator's arguments after the tensors, in schema order; the last is
     negative_slope: 1 for no activation, 0 for ReLU, else leaky ReLU's.
     """
 
-    def __init__(self, label: str, *, transposed: bool) -> None:
-        namespace = getattr(torch.ops, NAMESPACE)
+    def __init__(self, label: str, *, transposed: bool, namespace: str = NAMESPACE) -> None:
         self.label = label
         self.name = f"{label}_act"
+        self.qualified_name = f"{namespace}::{self.name}"
         self.transposed = transposed
-        self.forward: Callable[..., Tensor] = getattr(namespace, self.name).default
+        registered = getattr(torch.ops, namespace)
+        self.forward: Callable[..., Tensor] = getattr(registered, self.name).default
         self.backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = getattr(
-            namespace, f"{self.name}_backward"
+            registered, f"{self.name}_backward"
         ).default
 
     def geometry(self, params: Params) -> Geometry:

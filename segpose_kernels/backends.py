@@ -7,8 +7,10 @@ or does not load, the reason is kept, and calls run on the next backend of the l
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 
 from .checks import NATIVE_DTYPES
 
-__all__ = ["BACKENDS", "LIBRARY", "Backend", "Library", "select"]
+__all__ = ["BACKENDS", "CUDA_LIBRARY", "LIBRARY", "Backend", "Library", "select"]
 
 NAMESPACE = "segpose"
 
@@ -73,11 +75,14 @@ def _schema_difference() -> str | None:
     return None
 
 
+_FOLDER = Path(__file__).resolve().parent
+
+
 def _load_library() -> Library:
     # SEGPOSE_LIBRARY names another build of the same library, one with sanitizers for example.
     override = os.environ.get("SEGPOSE_LIBRARY")
-    folder = Path(__file__).resolve().parent
-    found = [Path(override)] if override else sorted(folder.glob("_C*.so"))
+    folder = _FOLDER
+    found = [Path(override)] if override else sorted(folder.glob("_C.*so"))
     if not found:
         return Library(
             None,
@@ -103,6 +108,43 @@ def _load_library() -> Library:
 LIBRARY = _load_library()
 
 
+def _load_cuda_library() -> Library:
+    """The library of CUDA kernels for the operators of `LIBRARY`; loading it touches no device."""
+    if not LIBRARY.loaded:
+        return Library(None, LIBRARY.missing)
+    found = sorted(_FOLDER.glob("_C_cuda.*so"))
+    if not found:
+        try:
+            record = json.loads((_FOLDER / "_cuda_build.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {}
+        reason = record.get("reason") or "they were not built"
+        return Library(None, f"the package was built without CUDA kernels: {reason}")
+    path = found[0]
+    if torch.version.cuda is None:
+        return Library(path, f"torch {torch.__version__} was built without CUDA")
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever the loader says is the reason to report
+        reason = f"{path.name} does not load with torch {torch.__version__}: {error}"
+        return Library(path, f"{reason}; rebuild it with `pip install -e .`")
+    return Library(path, None)
+
+
+CUDA_LIBRARY = _load_cuda_library()
+
+
+def tf32_allowed() -> bool:
+    """torch's own switch for float32 convolutions on CUDA, whichever of its names set it."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+if LIBRARY.loaded:
+    # The CUDA kernels ask through the dispatcher: the switch counts when a pass runs, in compiled
+    # graphs and backward threads too.
+    torch.library.impl(f"{NAMESPACE}::tf32_allowed", "CompositeExplicitAutograd")(tf32_allowed)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the operators."""
@@ -111,6 +153,7 @@ class Backend:
     devices: frozenset[str] | None  # torch device types; None: all
     dtypes: frozenset[torch.dtype] | None  # None: all that torch's own operators take
     missing: str | None  # why it cannot run anything here
+    probe: Callable[[], str | None] | None = None  # why it cannot run on this device, if not
 
     def supports(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run a call on tensors of this device and dtype; None when it can."""
@@ -121,27 +164,33 @@ class Backend:
         if self.dtypes is not None and dtype not in self.dtypes:
             names = sorted(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it computes {', '.join(names)}, got {str(dtype).removeprefix('torch.')}"
-        return None
+        return None if self.probe is None else self.probe()
 
 
-def _missing(dispatch_key: str) -> str | None:
+def _missing_cpu() -> str | None:
     if not LIBRARY.loaded:
         return LIBRARY.missing
-    if not LIBRARY.has_kernels_for(dispatch_key):
-        return f"the library was built without {dispatch_key} kernels"
-    return None
+    return None if LIBRARY.has_kernels_for("CPU") else "the library was built without CPU kernels"
+
+
+def _old_gpu() -> str | None:
+    """Asked when there is a CUDA tensor, so a device is there and has been touched before."""
+    capability = torch.cuda.get_device_capability()
+    if capability >= (8, 0):
+        return None
+    return "it needs compute capability 8.0 or newer, got {}.{}".format(*capability)
 
 
 # Fastest first; the first that supports a call runs it. Meta tensors have the CPU's fakes.
 BACKENDS = (
-    Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, _missing("CUDA")),
+    Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, CUDA_LIBRARY.missing, _old_gpu),
     Backend(
         "triton",
         frozenset({"cuda"}),
         NATIVE_DTYPES,
         "this version of the package has no Triton kernels",
     ),
-    Backend("cpu", frozenset({"cpu", "meta"}), NATIVE_DTYPES, _missing("CPU")),
+    Backend("cpu", frozenset({"cpu", "meta"}), NATIVE_DTYPES, _missing_cpu()),
     Backend("aten", None, None, None),
 )
 

@@ -1,40 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Element types at the edge of the kernels. Inside, everything is computed in float, or in double for float64.
+// Elements to and from the types they are computed in: float, or double for float64.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "../common/dtype.h"
+
 namespace segpose {
-
-enum class DType { float32, float64, bfloat16, float16 };
-
-inline int64_t dtype_size(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return 4;
-    case DType::float64:
-      return 8;
-    case DType::bfloat16:
-    case DType::float16:
-      return 2;
-  }
-  return 0;
-}
-
-inline const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "float32";
-    case DType::float64:
-      return "float64";
-    case DType::bfloat16:
-      return "bfloat16";
-    case DType::float16:
-      return "float16";
-  }
-  return "unknown";
-}
 
 inline float bits_to_float(uint32_t bits) {
   float value;

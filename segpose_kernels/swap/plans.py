@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 
 from .. import backends
 from .eligible import FUSED_TYPES
@@ -78,21 +80,27 @@ class Explanation:
         return f"{format_table(header, cells)}\n{total}"
 
 
-def explain(model: nn.Module, x: Any, *, show: bool = True) -> Explanation:
+def explain(model: nn.Module, x: Any, *, arch: str | None = None, show: bool = True) -> Explanation:
     """Run the model once and say, for each convolution, which backend and plan its forward uses.
 
     `x` is the model's input; a tuple or list is passed as positional arguments, a mapping as
     keywords. Without gradients, and the state of BatchNorm and of the random number generator is
     kept. `show` prints the table.
+
+    `arch`, such as "sm_90", shows what the CUDA backend would choose on that architecture instead:
+    kernel, blocks, split-K, predicted traffic. No GPU is needed for it.
+
+    Raises ValueError for an architecture that the CUDA backend has no kernels for.
     """
     extra = rewritten_activations(model)
-    explanation = Explanation([_layer_plan(call, extra) for call in record_calls(model, x)])
+    layers = [_layer_plan(call, extra, arch) for call in record_calls(model, x)]
+    explanation = Explanation(layers)
     if show:
         print(explanation)
     return explanation
 
 
-def _layer_plan(call: LayerCall, extra: dict[str, str]) -> LayerPlan:
+def _layer_plan(call: LayerCall, extra: dict[str, str], arch: str | None) -> LayerPlan:
     conv, output = call.module, call.output
     image = call.input if call.input.dim() == 4 else call.input.unsqueeze(0)
     out_shape = output.shape if output.dim() == 4 else output.unsqueeze(0).shape
@@ -112,11 +120,16 @@ def _layer_plan(call: LayerCall, extra: dict[str, str]) -> LayerPlan:
             activation = f"leaky_relu({conv.negative_slope:g})"
         if activation == "none":
             activation = extra.get(call.name, activation)
-        algorithm = (
-            _plan_text(call, tuple(image.shape), tuple(out_shape)) if backend == "cpu" else ""
-        )
-        algorithm = algorithm or "torch's operators, one after the other"
-        algorithm = algorithm if backend in ("cpu", "aten") else f"chosen by the {backend} backend"
+        if arch is not None:
+            backend = "cuda"
+        elif backend == "cuda":
+            arch = "sm_{}{}".format(*torch.cuda.get_device_capability(output.device))
+        if backend in ("cpu", "cuda"):
+            algorithm = _plan_text(call, tuple(image.shape), tuple(out_shape), arch)
+        elif backend == "aten":
+            algorithm = "torch's operators, one after the other"
+        else:
+            algorithm = f"chosen by the {backend} backend"
     return LayerPlan(
         call.name,
         _problem_text(call, tuple(image.shape), tuple(out_shape)),
@@ -147,8 +160,10 @@ def _problem_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int,
     return " ".join([*parts, str(call.output.dtype).removeprefix("torch.")])
 
 
-def _plan_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> str:
-    """The CPU kernels' plan of this forward, in its own words."""
+def _plan_text(
+    call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...], arch: str | None
+) -> str:
+    """The plan of this forward in its own words: the CPU kernels', or CUDA's for an arch."""
     try:
         # Compiled, and optional like the kernels it describes.
         _plan = importlib.import_module("segpose_kernels._plan")
@@ -182,4 +197,12 @@ def _plan_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ..
             shape, weight, conv.stride, padding, conv.dilation, conv.groups
         )
         op = "fprop"
-    return str(_plan.plan(problem, op=op, dtype=str(call.output.dtype).removeprefix("torch.")))
+    dtype = str(call.output.dtype).removeprefix("torch.")
+    if arch is None:
+        return str(_plan.plan(problem, op=op, dtype=dtype))
+    last = suggest_memory_format(call.output) == torch.channels_last
+    # torch's switch for float32 convolutions decides here as it does on the GPU.
+    tf32 = backends.tf32_allowed()
+    return str(
+        _plan.cuda_plan(problem, op=op, dtype=dtype, arch=arch, tf32=tf32, channels_last=last)
+    )

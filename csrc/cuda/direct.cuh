@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// fprop and dgrad for few channels: a thread owns some pixels and a few destination channels of a group, filters lie in
+// shared memory, every operand passes through once. Any channels, strides and groups.
+#pragma once
+
+#include "gather_pixels.cuh"
+#include "tiles.h"
+
+namespace segpose::cuda {
+
+template <class T, int kColumns, int kVector>
+struct Direct {
+  using Acc = Accumulator<T>;
+  static constexpr int kPixels = DirectTile::kPixels;
+  static constexpr int kThreads = DirectTile::kThreads;
+  static constexpr int kChunk = DirectTile::kChunk;  // gemm_k whose filters lie in shared memory at a time
+  static_assert(kChunk % kVector == 0, "a vector of channels must not straddle two chunks");
+
+  Acc filters[kChunk][kColumns];
+
+  __device__ __forceinline__ void load_filters(const GatherParams& p, const GatherBlock& block,
+                                               const PhaseParams& phase, int first, int k_total) {
+    const T* const filter = static_cast<const T*>(p.filter) + phase.filter_start;
+    for (int i = threadIdx.x; i < kChunk * kColumns; i += kThreads) {
+      const int k = first + i % kChunk;
+      const int column = block.n_tile * kColumns + i / kChunk;
+      Acc value = Acc(0);
+      if (k < k_total && column < p.columns) {
+        value = widen(filter[(int64_t{block.group} * p.columns + column) * phase.filter_pitch + k]);
+      }
+      filters[i % kChunk][i / kChunk] = value;
+    }
+  }
+
+  __device__ __forceinline__ void run(const GatherParams& p) {
+    const GatherBlock block(p);
+    const PhaseParams& phase = p.phases[block.phase];
+    const T* pixel[kPixels];
+    int h[kPixels], w[kPixels];
+    const int64_t first_m = int64_t{block.m_tile} * (kPixels * kThreads) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      const int64_t m = first_m + i * kThreads;
+      h[i] = w[i] = -(1 << 30);
+      pixel[i] = static_cast<const T*>(p.source.data);
+      if (m < p.m_total) {
+        const Pixel at(p, static_cast<uint32_t>(m));
+        h[i] = static_cast<int>(at.row) * p.istep_h + phase.off_h;
+        w[i] = static_cast<int>(at.col) * p.istep_w + phase.off_w;
+        pixel[i] += at.n * p.source.stride_n + h[i] * p.source.stride_h + w[i] * p.source.stride_w +
+                    int64_t{block.group} * p.depth * p.source.stride_c;
+      }
+    }
+    Acc sums[kPixels][kColumns];
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sums[i][j] = Acc(0);
+    }
+    const int k_total = phase.taps_h * phase.taps_w * p.depth;
+    int k = 0;
+    for (int tap_h = 0; tap_h < phase.taps_h; ++tap_h) {
+      for (int tap_w = 0; tap_w < phase.taps_w; ++tap_w) {
+        const int dh = tap_h * p.tap_step_h;
+        const int dw = tap_w * p.tap_step_w;
+        const int64_t offset = dh * p.source.stride_h + dw * p.source.stride_w;
+        bool inside[kPixels];
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) {
+          inside[i] = static_cast<unsigned>(h[i] + dh) < static_cast<unsigned>(p.source.h) &&
+                      static_cast<unsigned>(w[i] + dw) < static_cast<unsigned>(p.source.w);
+        }
+#pragma unroll 1
+        for (int channel = 0; channel < p.depth; channel += kVector, k += kVector) {
+          if (k % kChunk == 0) {
+            __syncthreads();
+            load_filters(p, block, phase, k, k_total);
+            __syncthreads();
+          }
+          Acc values[kPixels][kVector];
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i) {
+            load(values[i], pixel[i] + offset + channel * p.source.stride_c, inside[i]);
+          }
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) {
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+              const Acc filter = filters[k % kChunk + e][j];
+#pragma unroll
+              for (int i = 0; i < kPixels; ++i) sums[i][j] += values[i][e] * filter;
+            }
+          }
+        }
+      }
+    }
+    store(p, block, phase, first_m, sums);
+  }
+
+ private:
+  __device__ __forceinline__ static void load(Acc (&values)[kVector], const T* source, bool valid) {
+    if constexpr (kVector == 1) {
+      values[0] = valid ? widen(__ldg(source)) : Acc(0);
+    } else {
+      union {
+        uint4 bits;
+        T value[kVector];
+      } chunk;
+      chunk.bits = valid ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) values[e] = widen(chunk.value[e]);
+    }
+  }
+
+  __device__ __forceinline__ static void store(const GatherParams& p, const GatherBlock& block,
+                                               const PhaseParams& phase, int64_t first_m,
+                                               const Acc (&sums)[kPixels][kColumns]) {
+    constexpr int kStore = 16 / sizeof(T);
+    const auto slope = static_cast<Acc>(p.epilogue.negative_slope);
+    const int column = block.n_tile * kColumns;
+    const int64_t channel = int64_t{block.group} * p.columns + column;
+    T* const destination = static_cast<T*>(p.destination.data) + channel * p.destination.stride_c;
+    Acc bias[kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      bias[j] = Acc(0);
+      if (p.epilogue.bias != nullptr && column + j < p.columns) {
+        bias[j] = widen(static_cast<const T*>(p.epilogue.bias)[(channel + j) * p.epilogue.bias_stride]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      const int64_t offset = destination_pixel(p, phase, first_m + i * kThreads);
+      if (offset < 0) continue;
+      alignas(16) T results[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) results[j] = narrow<T>(activate(sums[i][j] + bias[j], p.epilogue.act, slope));
+      if (kColumns % kStore == 0 && p.vector_store) {
+#pragma unroll
+        for (int j = 0; j < kColumns; j += kStore) {
+          if (column + j < p.columns) {
+            *reinterpret_cast<uint4*>(destination + offset + j) = *reinterpret_cast<const uint4*>(results + j);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if (column + j < p.columns) destination[offset + j * p.destination.stride_c] = results[j];
+        }
+      }
+    }
+  }
+};
+
+template <class T, int kColumns, int kVector>
+__global__ void __launch_bounds__(DirectTile::kThreads, DirectTile::blocks_per_sm(kColumns, sizeof(Accumulator<T>)))
+    direct(const __grid_constant__ GatherParams p) {
+  __shared__ Direct<T, kColumns, kVector> shared;
+  shared.run(p);
+}
+
+}  // namespace segpose::cuda
