@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.ops.segpose_triton.*: the operators of torch.ops.segpose, by Triton kernels.
+
+Same schemas, same fakes, same derivatives (segpose_kernels/autograd.py). They are registered with
+`triton_op`, so torch.compile sees the kernels and can plan memory and fuse copies around them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from ..autograd import make_ops
+from ..backends import SCHEMAS
+from ..shapes import conv_extents, conv_transpose_extents, empty_output
+from . import choices
+from .device import device_of, float32_precision
+from .launch import launch_bias_activation, launch_gather, launch_mask, launch_wgrad, nhwc
+from .library import library_gather, library_wgrad
+from .plan import (
+    Direction,
+    Epilogue,
+    GatherPlan,
+    Operands,
+    WgradPlan,
+    mask_first,
+    plan_bias_activation,
+    plan_gather,
+    plan_mask,
+    plan_wgrad,
+)
+from .problem import ConvProblem
+
+__all__ = ["NAMESPACE", "triton_ops"]
+
+NAMESPACE = "segpose_triton"
+
+Grads = tuple[Tensor, Tensor, Tensor]
+Needs = tuple[bool, bool, bool]
+
+
+# Plans, remembered --------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_gather_plan(
+    problem: ConvProblem,
+    direction: Direction,
+    operands: Operands,
+    epilogue: Epilogue,
+    generation: int,
+) -> GatherPlan:
+    choice = choices.recall(operands, choices.gather_key(problem, direction, operands, epilogue))
+    return plan_gather(problem, direction, operands, epilogue, choice)
+
+
+def gather_plan(
+    problem: ConvProblem, direction: Direction, operands: Operands, epilogue: Epilogue
+) -> GatherPlan:
+    """The plan for fprop or dgrad: what tuning has chosen, or the default."""
+    if not problem.is_concrete:
+        return plan_gather(problem, direction, operands, epilogue)
+    return _known_gather_plan(problem, direction, operands, epilogue, choices.generation())
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_wgrad_plan(
+    problem: ConvProblem,
+    operands: Operands,
+    bias: bool,
+    mask_x: bool,
+    mask_slope: float,
+    generation: int,
+) -> WgradPlan:
+    choice = choices.recall(operands, choices.wgrad_key(problem, operands, mask_slope != 1))
+    return plan_wgrad(
+        problem, operands, bias=bias, mask_x=mask_x, mask_slope=mask_slope, choice=choice
+    )
+
+
+def wgrad_plan(
+    problem: ConvProblem, operands: Operands, *, bias: bool, mask_x: bool, mask_slope: float
+) -> WgradPlan:
+    """The plan for wgrad: what tuning has chosen, or the default."""
+    if not problem.is_concrete:
+        return plan_wgrad(problem, operands, bias=bias, mask_x=mask_x, mask_slope=mask_slope)
+    generation = choices.generation()
+    return _known_wgrad_plan(problem, operands, bias, mask_x, mask_slope, generation)
+
+
+# Passes -------------------------------------------------------------------------------------
+
+
+def operands_of(x: Tensor) -> Operands:
+    """What plans need to know of a call with input `x`."""
+    return Operands(x.dtype, float32_precision(), device_of(x.device))
+
+
+def _forward(
+    problem: ConvProblem,
+    direction: Direction,
+    source: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    slope: float,
+    shape: Sequence[int],
+) -> Tensor:
+    epilogue = Epilogue(bias is not None, slope)
+    plan = gather_plan(problem, direction, operands_of(source), epilogue)
+    return run_forward(plan, source, w, bias, slope, shape)
+
+
+def run_forward(
+    plan: GatherPlan,
+    source: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    slope: float,
+    shape: Sequence[int],
+) -> Tensor:
+    """act(fprop or dgrad + bias) by a given plan, in torch's memory format."""
+    bias = None if bias is None else bias.contiguous()
+    if plan.kernel == "library":
+        out = library_gather(plan.problem, plan.direction, source, w)
+        if bias is not None or slope != 1:
+            last = out.is_contiguous(memory_format=torch.channels_last)
+            out = out if last else out.contiguous()
+            launch_bias_activation(plan_bias_activation(out.shape, last, slope), out, bias)
+        return out
+    target = empty_output(source, w, shape)
+    return launch_gather(plan, nhwc(source), None, w, bias, target)
+
+
+def run_grad_input(
+    plan: GatherPlan, grad: Tensor, saved: Tensor | None, w: Tensor, target: Tensor
+) -> Tensor:
+    """Input gradient by a given plan, for grad and saved dense in channels_last."""
+    if plan.kernel == "library":
+        return target.copy_(library_gather(plan.problem, plan.direction, grad, w))
+    return launch_gather(plan, grad, saved, w, None, target)
+
+
+def run_grad_weight(
+    plan: WgradPlan, y: Tensor, x: Tensor, saved: Tensor | None, w: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Filter gradient by a given plan, for y, x and saved dense in channels_last."""
+    target = torch.empty_like(w)
+    if plan.kernel == "library":
+        return target.copy_(library_wgrad(plan.problem, y, x, w)), None
+    return launch_wgrad(plan, y, x, saved, target)
+
+
+def _backward(
+    problem: ConvProblem,
+    transposed: bool,
+    slope: float,
+    grad: Tensor,
+    output: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+    needs: Needs,
+) -> Grads:
+    need_input, need_weight, need_bias = needs
+    operands = operands_of(x)
+    grad = nhwc(grad)
+    saved = None
+    if slope != 1:
+        if output is None:
+            raise RuntimeError("segpose: the backward of an activation needs its output, got None")
+        saved = nhwc(output)
+    grad_x, grad_w, grad_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+    masks_first = saved is not None and mask_first(
+        problem,
+        transposed=transposed,
+        need_input=need_input,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+    sums_in_wgrad = need_bias and need_weight and not transposed and not masks_first
+    wgrad = None
+    if need_weight:
+        mask_slope = 1.0 if masks_first else slope
+        wgrad = wgrad_plan(
+            problem, operands, bias=sums_in_wgrad, mask_x=transposed, mask_slope=mask_slope
+        )
+        sums_in_wgrad = wgrad.bias
+    if masks_first or (need_bias and not sums_in_wgrad):
+        n, _, h, width = grad.shape
+        plan = plan_mask(
+            n * h * width,
+            problem.c if transposed else problem.k,
+            operands,
+            slope,
+            store=masks_first,
+            sums=need_bias,
+        )
+        grad, sums = launch_mask(plan, grad, saved)
+        grad_b = grad_b if sums is None else sums
+        if masks_first:
+            saved, slope = None, 1.0
+
+    if need_input:
+        direction: Direction = "fprop" if transposed else "dgrad"
+        gather = gather_plan(problem, direction, operands, Epilogue(mask_slope=slope))
+        grad_x = run_grad_input(gather, grad, saved, w, empty_output(x, w, x.shape))
+    if wgrad is not None:
+        x = nhwc(x)
+        y, x = (x, grad) if transposed else (grad, x)
+        grad_w, sums = run_grad_weight(wgrad, y, x, saved, w)
+        grad_b = grad_b if sums is None else sums
+    return grad_x, grad_w, grad_b
+
+
+# Operators ----------------------------------------------------------------------------------
+
+
+def _problem(
+    x_shape: Sequence[int],
+    y_shape: Sequence[int],
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The problem with plain channels, kernel and attributes; only extents of images may be
+    symbols.
+    """
+    k, c, r, s = (int(size) for size in w.shape)
+    groups = int(groups)
+    n, _, height, width = x_shape
+    shape = n, c * groups, height, width
+    stride, padding, dilation = ((int(a[0]), int(a[1])) for a in (stride, padding, dilation))
+    return ConvProblem.of(
+        shape, (n, k, *y_shape[2:]), (k, c, r, s), stride, padding, dilation, groups
+    )
+
+
+def _conv2d(
+    x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> tuple[ConvProblem, list[int]]:
+    """Problem and output shape of a convolution."""
+    extents = conv_extents(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    shape = [x.shape[0], w.shape[0], *extents]
+    return _problem(x.shape, shape, w, stride, padding, dilation, groups), shape
+
+
+def _conv_transpose2d(
+    x: Tensor,
+    w: Tensor,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> tuple[ConvProblem, list[int]]:
+    """Problem and output shape of a transposed convolution: its input is the problem's y."""
+    extents = conv_transpose_extents(
+        x.shape[2:], w.shape[2:], stride, padding, output_padding, dilation
+    )
+    shape = [x.shape[0], w.shape[1] * groups, *extents]
+    return _problem(shape, x.shape, w, stride, padding, dilation, groups), shape
+
+
+def conv2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
+    *attributes, slope = params
+    problem, shape = _conv2d(x, w, *attributes)
+    return _forward(problem, "fprop", x, w, b, slope, shape)
+
+
+def conv2d_act_backward(
+    grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
+) -> Grads:
+    *attributes, slope, need_input, need_weight, need_bias = params
+    problem, _ = _conv2d(x, w, *attributes)
+    needs = need_input, need_weight, need_bias
+    return _backward(problem, False, slope, grad, output, x, w, needs)
+
+
+def conv_transpose2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
+    *attributes, slope = params
+    problem, shape = _conv_transpose2d(x, w, *attributes)
+    return _forward(problem, "dgrad", x, w, b, slope, shape)
+
+
+def conv_transpose2d_act_backward(
+    grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
+) -> Grads:
+    *attributes, slope, need_input, need_weight, need_bias = params
+    problem, _ = _conv_transpose2d(x, w, *attributes)
+    needs = need_input, need_weight, need_bias
+    return _backward(problem, True, slope, grad, output, x, w, needs)
+
+
+for _function in (
+    conv2d_act,
+    conv2d_act_backward,
+    conv_transpose2d_act,
+    conv_transpose2d_act_backward,
+):
+    triton_op(
+        f"{NAMESPACE}::{_function.__name__}",
+        _function,
+        mutates_args=(),
+        schema=SCHEMAS[_function.__name__],
+    )
+
+triton_ops = make_ops(NAMESPACE)
