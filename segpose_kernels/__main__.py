@@ -27,6 +27,7 @@ class Command:
 COMMANDS = {
     "demo": Command("the main job on real images, with pictures and timings", ".demo.run"),
     "info": Command("versions, instruction sets, and which backends run here", ".info"),
+    "tune": Command("measure the Triton kernels for a model's layers", ".triton.tune"),
 }
 
 

@@ -22,6 +22,7 @@ from .spec import ConvSpec, ConvTensors
 
 __all__ = [
     "NAMES",
+    "TF32",
     "TOLERANCES",
     "Reference",
     "Tolerance",
@@ -62,6 +63,11 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.bfloat16: Tolerance(_LOW, times_eager=2.0),
     torch.float16: Tolerance(_LOW, times_eager=2.0),
 }
+# For float32 operands, where torch.backends.cudnn.conv.fp32_precision is "tf32".
+TF32 = Tolerance(
+    "operands keep 10 of 23 mantissa bits, cut or rounded; sums are float32",
+    relative_l2=1.5e-3,
+)
 
 
 def relative_l2(actual: Tensor, reference: Tensor) -> float:
@@ -183,6 +189,7 @@ def assert_close_to_reference(
     terms: Callable[[], Tensor] | None = None,
     eager_result: Callable[[], Tensor] | None = None,
     inner_rounding: bool = False,
+    rule: Tolerance | None = None,
 ) -> None:
     """Raise AssertionError, with `name` and the worst element, unless its dtype's rule is kept.
 
@@ -190,10 +197,10 @@ def assert_close_to_reference(
     relative rule fails. `eager_result` gives torch's own result in the same dtype; low precision
     cannot be judged without it, except that one rounding of the result is always allowed (no kernel
     can do better), and with `inner_rounding` one of each term too: a gradient times a slope is
-    rounded before it is summed.
+    rounded before it is summed. `rule` replaces that of the dtype.
     """
     dtype = actual.dtype if dtype is None else dtype
-    rule = TOLERANCES[dtype]
+    rule = TOLERANCES[dtype] if rule is None else rule
     if actual.shape != reference.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}")
     if actual.dtype != dtype:
@@ -239,8 +246,12 @@ def assert_close_to_reference(
         )
 
 
-def assert_results_match(spec: ConvSpec, tensors: ConvTensors, results: Results) -> None:
-    """Compare each of `results` (keys from NAMES) with the float64 definition."""
+def assert_results_match(
+    spec: ConvSpec, tensors: ConvTensors, results: Results, *, rule: Tolerance | None = None
+) -> None:
+    """Compare each of `results` (keys from NAMES) with the float64 definition; `rule` replaces that
+    of the dtype.
+    """
     dtype = tensors.input.dtype
     own_mask = results.get("output") if dtype != torch.float64 else None
     reference = Reference(spec, tensors, mask_output=own_mask)
@@ -256,4 +267,5 @@ def assert_results_match(spec: ConvSpec, tensors: ConvTensors, results: Results)
             terms=lambda name=name: reference.terms[name],  # type: ignore[misc]
             eager_result=lambda name=name: same_dtype.results[name],  # type: ignore[misc]
             inner_rounding=name != "output" and spec.activation == "leaky_relu",
+            rule=rule,
         )

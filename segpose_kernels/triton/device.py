@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Device", "device_of", "float32_precision"]
+__all__ = ["Device", "device_of", "float32_precision", "is_capturing"]
 
 # Largest shared memory of a thread block by compute capability (CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability"), where no device says it.
@@ -64,3 +64,8 @@ def float32_precision() -> str:
     """
     settings: Any = torch.backends.cudnn
     return "tf32" if settings.conv.fp32_precision == "tf32" else "ieee"
+
+
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph: nothing may be measured then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

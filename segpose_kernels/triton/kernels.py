@@ -65,7 +65,6 @@ def igemm_kernel(
     W_REDUCED_LAST: tl.constexpr,
     FLAT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
     SLOPE: tl.constexpr,
     MASK_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,12 +135,14 @@ def igemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if FLAT:
         depth = taps_h * taps_w * red
-        reciprocal_red = reciprocal_of(red)
-        reciprocal_taps = reciprocal_of(tl.maximum(taps_w, 1))
+        row_taps = tl.maximum(taps_w, 1)
         for first in range(0, depth, BLOCK_K):
             in_k = first + k < depth
-            tap, c = divide(first + k, red, reciprocal_red, False)
-            t_h, t_w = divide(tap, tl.maximum(taps_w, 1), reciprocal_taps, False)
+            # Plain divisions: the compiler follows alignment through them.
+            tap = (first + k) // red
+            c = (first + k) % red
+            t_h = tap // row_taps
+            t_w = tap % row_taps
             dh = t_h * offset_h
             dw = t_w * offset_w
             a_mask = is_inside(h[:, None] + dh[None, :], src_h)
@@ -182,14 +183,10 @@ def igemm_kernel(
                     w_base[None, :]
                     + ((tl.cast(c, index) + k) * (kernel * cols) + position * tap_size)[:, None]
                 )
-            if EVEN_K and EVEN_N:
-                b = tl.load(w_ptr + b_offset)
-            elif EVEN_K:
-                b = tl.load(w_ptr + b_offset, mask=in_n[None, :], other=0.0)
-            else:
-                b = tl.load(
-                    w_ptr + b_offset, mask=in_n[None, :] & (c + k < red)[:, None], other=0.0
-                )
+            b_mask = in_n[None, :]
+            if not EVEN_K:
+                b_mask &= (c + k < red)[:, None]
+            b = tl.load(w_ptr + b_offset, mask=b_mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             # Channels run fastest, then the taps of a filter row.
             c += BLOCK_K

@@ -7,7 +7,7 @@ operations and one node for each launch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,28 @@ def nhwc(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def _empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def with_channels(tensor: Tensor, channels: int) -> Tensor:
+    """`nhwc` of a tensor with zeros behind its channels, up to `channels`."""
+    n, c, h, w = tensor.shape
+    if c == channels:
+        return nhwc(tensor)
+    padded = _empty_nhwc(tensor, (n, channels, h, w))
+    padded[:, :c].copy_(tensor)
+    padded[:, c:].zero_()
+    return padded
+
+
 def _dense(target: Tensor) -> Tensor:
     """Where a kernel writes what belongs into `target`: itself, if its memory is NHWC."""
     if target.is_contiguous(memory_format=torch.channels_last):
         return target
-    return torch.empty_like(target, memory_format=torch.channels_last)
+    return _empty_nhwc(target, target.shape)
 
 
 def _deliver(out: Tensor, target: Tensor) -> Tensor:
@@ -69,6 +86,17 @@ def _deliver(out: Tensor, target: Tensor) -> Tensor:
 
 
 # fprop and dgrad ----------------------------------------------------------------------------
+
+
+def _filter(plan: GatherPlan, w: Tensor) -> Tensor:
+    """The filter [K, C/groups, R, S] as the plan's kernel reads it."""
+    if plan.direction == "fprop":
+        groups = plan.problem.groups
+        return with_channels(w, plan.channels // groups)
+    if w.shape[0] != plan.channels:
+        more = w.new_zeros((plan.channels - w.shape[0], *w.shape[1:]))
+        w = torch.cat((w, more))
+    return _reduced_last(w, plan.problem) if plan.reduced_last else nhwc(w)
 
 
 def _reduced_last(w: Tensor, problem: ConvProblem) -> Tensor:
@@ -81,19 +109,18 @@ def _reduced_last(w: Tensor, problem: ConvProblem) -> Tensor:
 
 def launch_gather(
     plan: GatherPlan,
-    source: Tensor,  # x for fprop, y for dgrad, dense in channels_last
-    saved: Tensor | None,  # the activation's output in the shape of source, alike
+    source: Tensor,  # x for fprop, y for dgrad
+    saved: Tensor | None,  # the activation's output in the shape of source
     w: Tensor,  # [K, C/groups, R, S]
     bias: Tensor | None,
     target: Tensor,
 ) -> Tensor:
     """act(fprop or dgrad + bias) into `target`, which is returned."""
     out = _dense(target)
-    transpose_filter = plan.reduced_last and plan.direction == "dgrad"
     tensors = {
-        "src_ptr": source,
-        "saved_ptr": saved,
-        "w_ptr": _reduced_last(w, plan.problem) if transpose_filter else nhwc(w),
+        "src_ptr": with_channels(source, plan.channels),
+        "saved_ptr": None if saved is None else with_channels(saved, plan.channels),
+        "w_ptr": _filter(plan, w),
         "bias_ptr": bias,
         "out_ptr": out,
     }
@@ -147,23 +174,36 @@ def _reduce(
 
 def launch_wgrad(
     plan: WgradPlan,
-    y: Tensor,  # [N, K, P, Q], dense in channels_last
-    x: Tensor,  # [N, C, H, W], alike
+    y: Tensor,  # [N, K, P, Q]
+    x: Tensor,  # [N, C, H, W]
     saved: Tensor | None,  # the activation's output in the shape of y, or of x if MASK_X
     target: Tensor,  # [K, C/groups, R, S]
 ) -> tuple[Tensor, Tensor | None]:
     """Filter gradient into `target`, and the sums of y over its pixels if the plan has them."""
-    out = _dense(target)
-    bias_out = target.new_empty(plan.problem.k) if plan.bias else None
+    k, c, r, s = target.shape
+    k_out, c_out = plan.y_channels, plan.x_channels // plan.problem.groups
+    padded = (k_out, c_out) != (k, c)
+    out = _empty_nhwc(target, (k_out, c_out, r, s)) if padded else _dense(target)
+    bias_out = target.new_empty(k_out) if plan.bias else None
     parts = _parts(plan.splits, out)
     bias_parts = None if bias_out is None else _parts(plan.splits, bias_out)
-    tensors = {"y_ptr": y, "x_ptr": x, "saved_ptr": saved, "out_ptr": parts}
+    if saved is not None:
+        saved = with_channels(saved, plan.x_channels if plan.constants["MASK_X"] else k_out)
+    tensors = {
+        "y_ptr": with_channels(y, k_out),
+        "x_ptr": with_channels(x, plan.x_channels),
+        "saved_ptr": saved,
+        "out_ptr": parts,
+    }
     if plan.kernel == "direct":
         start(wrap_triton(direct_wgrad_kernel), plan.grid, tensors, _arguments(plan))
     else:
         tensors["bias_out_ptr"] = bias_parts
         start(wrap_triton(wgrad_kernel), plan.grid, tensors, _arguments(plan))
     _reduce(plan.splits, parts, out, bias_parts, bias_out)
+    if padded:
+        out = out[:k, :c]
+        bias_out = None if bias_out is None else bias_out[:k].clone()
     return _deliver(out, target), bias_out
 
 

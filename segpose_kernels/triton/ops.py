@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,20 @@ from ..backends import SCHEMAS
 from ..shapes import conv_extents, conv_transpose_extents, empty_output
 from . import choices
 from .device import device_of, float32_precision
-from .launch import launch_bias_activation, launch_gather, launch_mask, launch_wgrad, nhwc
+from .launch import (
+    launch_bias_activation,
+    launch_gather,
+    launch_mask,
+    launch_wgrad,
+    nhwc,
+    with_channels,
+)
 from .library import library_gather, library_wgrad
 from .plan import (
     Direction,
     Epilogue,
     GatherPlan,
+    MaskPlan,
     Operands,
     WgradPlan,
     mask_first,
@@ -133,13 +142,13 @@ def run_forward(
             launch_bias_activation(plan_bias_activation(out.shape, last, slope), out, bias)
         return out
     target = empty_output(source, w, shape)
-    return launch_gather(plan, nhwc(source), None, w, bias, target)
+    return launch_gather(plan, source, None, w, bias, target)
 
 
 def run_grad_input(
     plan: GatherPlan, grad: Tensor, saved: Tensor | None, w: Tensor, target: Tensor
 ) -> Tensor:
-    """Input gradient by a given plan, for grad and saved dense in channels_last."""
+    """Input gradient by a given plan."""
     if plan.kernel == "library":
         return target.copy_(library_gather(plan.problem, plan.direction, grad, w))
     return launch_gather(plan, grad, saved, w, None, target)
@@ -148,11 +157,62 @@ def run_grad_input(
 def run_grad_weight(
     plan: WgradPlan, y: Tensor, x: Tensor, saved: Tensor | None, w: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Filter gradient by a given plan, for y, x and saved dense in channels_last."""
+    """Filter gradient by a given plan."""
     target = torch.empty_like(w)
     if plan.kernel == "library":
         return target.copy_(library_wgrad(plan.problem, y, x, w)), None
     return launch_wgrad(plan, y, x, saved, target)
+
+
+@dataclass(frozen=True)
+class BackwardPasses:
+    """What the backward of a call launches: None for what it does not need.
+
+    With `mask` and mask.store the gradient is masked first, else where the kernels load it.
+    """
+
+    mask: MaskPlan | None
+    gather: GatherPlan | None
+    wgrad: WgradPlan | None
+
+    def own_channels(self, transposed: bool) -> int | None:
+        """Channels with which our own kernels read the gradient; None if none does."""
+        if self.gather is not None and self.gather.kernel != "library":
+            return self.gather.channels
+        if self.wgrad is not None and self.wgrad.kernel != "library":
+            return self.wgrad.x_channels if transposed else self.wgrad.y_channels
+        return None
+
+
+def backward_passes(
+    problem: ConvProblem, transposed: bool, slope: float, operands: Operands, needs: Needs
+) -> BackwardPasses:
+    """Plans for the gradients in `needs` (input, weight, bias)."""
+    need_input, need_weight, need_bias = needs
+    masks_first = slope != 1 and mask_first(
+        problem,
+        transposed=transposed,
+        need_input=need_input,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+    slope_left = 1.0 if masks_first else slope
+    gather = wgrad = mask = None
+    if need_input:
+        direction: Direction = "fprop" if transposed else "dgrad"
+        gather = gather_plan(problem, direction, operands, Epilogue(mask_slope=slope_left))
+    if need_weight:
+        # y is the gradient of a convolution only.
+        sums = need_bias and not transposed and not masks_first
+        wgrad = wgrad_plan(problem, operands, bias=sums, mask_x=transposed, mask_slope=slope_left)
+    sums = need_bias and not (wgrad is not None and wgrad.bias)
+    if masks_first or sums:
+        if transposed:
+            rows, columns = problem.n * problem.h * problem.w, problem.c
+        else:
+            rows, columns = problem.n * problem.p * problem.q, problem.k
+        mask = plan_mask(rows, columns, operands, slope, store=masks_first, sums=sums)
+    return BackwardPasses(mask, gather, wgrad)
 
 
 def _backward(
@@ -165,8 +225,7 @@ def _backward(
     w: Tensor,
     needs: Needs,
 ) -> Grads:
-    need_input, need_weight, need_bias = needs
-    operands = operands_of(x)
+    passes = backward_passes(problem, transposed, slope, operands_of(x), needs)
     grad = nhwc(grad)
     saved = None
     if slope != 1:
@@ -174,45 +233,21 @@ def _backward(
             raise RuntimeError("segpose: the backward of an activation needs its output, got None")
         saved = nhwc(output)
     grad_x, grad_w, grad_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-
-    masks_first = saved is not None and mask_first(
-        problem,
-        transposed=transposed,
-        need_input=need_input,
-        need_weight=need_weight,
-        need_bias=need_bias,
-    )
-    sums_in_wgrad = need_bias and need_weight and not transposed and not masks_first
-    wgrad = None
-    if need_weight:
-        mask_slope = 1.0 if masks_first else slope
-        wgrad = wgrad_plan(
-            problem, operands, bias=sums_in_wgrad, mask_x=transposed, mask_slope=mask_slope
-        )
-        sums_in_wgrad = wgrad.bias
-    if masks_first or (need_bias and not sums_in_wgrad):
-        n, _, h, width = grad.shape
-        plan = plan_mask(
-            n * h * width,
-            problem.c if transposed else problem.k,
-            operands,
-            slope,
-            store=masks_first,
-            sums=need_bias,
-        )
-        grad, sums = launch_mask(plan, grad, saved)
+    if passes.mask is not None:
+        grad, sums = launch_mask(passes.mask, grad, saved)
         grad_b = grad_b if sums is None else sums
-        if masks_first:
-            saved, slope = None, 1.0
-
-    if need_input:
-        direction: Direction = "fprop" if transposed else "dgrad"
-        gather = gather_plan(problem, direction, operands, Epilogue(mask_slope=slope))
-        grad_x = run_grad_input(gather, grad, saved, w, empty_output(x, w, x.shape))
-    if wgrad is not None:
-        x = nhwc(x)
-        y, x = (x, grad) if transposed else (grad, x)
-        grad_w, sums = run_grad_weight(wgrad, y, x, saved, w)
+        saved = None if passes.mask.store else saved
+    # Both kernels read the gradient with the same zeros behind its channels: once is enough.
+    own = passes.own_channels(transposed)
+    wide = grad if own is None else with_channels(grad, own)
+    saved = saved if own is None or saved is None else with_channels(saved, own)
+    if passes.gather is not None:
+        source = grad if passes.gather.kernel == "library" else wide
+        grad_x = run_grad_input(passes.gather, source, saved, w, empty_output(x, w, x.shape))
+    if passes.wgrad is not None:
+        source = grad if passes.wgrad.kernel == "library" else wide
+        y, x = (x, source) if transposed else (source, x)
+        grad_w, sums = run_grad_weight(passes.wgrad, y, x, saved, w)
         grad_b = grad_b if sums is None else sums
     return grad_x, grad_w, grad_b
 
@@ -242,7 +277,7 @@ def _problem(
     )
 
 
-def _conv2d(
+def conv2d_problem(
     x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> tuple[ConvProblem, list[int]]:
     """Problem and output shape of a convolution."""
@@ -251,7 +286,7 @@ def _conv2d(
     return _problem(x.shape, shape, w, stride, padding, dilation, groups), shape
 
 
-def _conv_transpose2d(
+def conv_transpose2d_problem(
     x: Tensor,
     w: Tensor,
     stride: Any,
@@ -270,7 +305,7 @@ def _conv_transpose2d(
 
 def conv2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     *attributes, slope = params
-    problem, shape = _conv2d(x, w, *attributes)
+    problem, shape = conv2d_problem(x, w, *attributes)
     return _forward(problem, "fprop", x, w, b, slope, shape)
 
 
@@ -278,14 +313,14 @@ def conv2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     *attributes, slope, need_input, need_weight, need_bias = params
-    problem, _ = _conv2d(x, w, *attributes)
+    problem, _ = conv2d_problem(x, w, *attributes)
     needs = need_input, need_weight, need_bias
     return _backward(problem, False, slope, grad, output, x, w, needs)
 
 
 def conv_transpose2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     *attributes, slope = params
-    problem, shape = _conv_transpose2d(x, w, *attributes)
+    problem, shape = conv_transpose2d_problem(x, w, *attributes)
     return _forward(problem, "dgrad", x, w, b, slope, shape)
 
 
@@ -293,7 +328,7 @@ def conv_transpose2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     *attributes, slope, need_input, need_weight, need_bias = params
-    problem, _ = _conv_transpose2d(x, w, *attributes)
+    problem, _ = conv_transpose2d_problem(x, w, *attributes)
     needs = need_input, need_weight, need_bias
     return _backward(problem, True, slope, grad, output, x, w, needs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from .device import Device
 from .problem import ConvProblem, concrete
 from .tiles import (
+    Demands,
     Tile,
     best_gather_tile,
     best_wgrad_tile,
@@ -46,9 +47,11 @@ __all__ = [
 
 Direction = Literal["fprop", "dgrad"]
 
-# Below this many channels in a group a tensor-core tile is mostly padding, and gemm_k runs over
-# (tap, channel) pairs instead.
+# Below this many channels in a group a tensor-core tile is mostly padding: gemm_k then runs over
+# (tap, channel) pairs, and groups go to the direct kernel.
 _NARROW = 16
+# Up to this many channels single elements are loaded; more are brought to whole vectors first.
+_SINGLE = 2
 # Offsets of masked-out rows may lie a tile beyond the tensor; they are computed, never used.
 _INT32_LIMIT = 2**31 - 2**16
 # What a symbol without a hint is taken for.
@@ -83,7 +86,7 @@ class Choice:
 
     kernel: Literal["igemm", "direct", "library"]
     tile: Tile | None = None
-    splits: int = 1
+    splits: int = 0  # of wgrad; 0 leaves them to the plan
 
 
 def _hint(size: int) -> int:
@@ -108,6 +111,21 @@ def _alignment(channels: int, itemsize: int) -> int:
     return math.gcd(channels, 16 // itemsize) if concrete(channels) else 1
 
 
+def padded_channels(channels: int, itemsize: int) -> int:
+    """Channels with zeros up to a vector of 16 bytes, or of 8 where four elements hold them.
+
+    A kernel that loads single elements cannot copy asynchronously, and holds the elements of every
+    stage in registers. One pass over the tensor costs less, and most callers convert the layout
+    anyway.
+    """
+    if channels <= _SINGLE:
+        return channels
+    if channels <= 4:
+        return 4
+    vector = 16 // itemsize
+    return ceil_div(channels, vector) * vector
+
+
 # fprop and dgrad ----------------------------------------------------------------------------
 
 
@@ -115,14 +133,15 @@ def _alignment(channels: int, itemsize: int) -> int:
 class GatherPlan:
     """One launch of igemm_kernel or direct_kernel, tensors left out.
 
-    `filter_rows` is [groups, cols, R, S, red] where the kernel wants the filter so that the reduced
-    channels are contiguous, None where it reads KRSC.
+    The kernel reads a source of `channels` channels, zeros behind its own, and a filter padded
+    alike. With `reduced_last` it wants the filter as [groups, cols, R, S, red], else KRSC.
     """
 
     problem: ConvProblem
     direction: Direction
     kernel: Literal["igemm", "direct", "library"]
     tile: Tile | None
+    channels: int
     reduced_last: bool
     grid: int
     integers: Mapping[str, int]
@@ -140,6 +159,13 @@ def gather_shape(problem: ConvProblem, direction: Direction) -> tuple[int, int]:
     if direction == "dgrad":
         return problem.k_per_group, problem.c_per_group
     return problem.c_per_group, problem.k_per_group
+
+
+def _padded(problem: ConvProblem, direction: Direction, itemsize: int) -> ConvProblem:
+    """The problem with the source channels of a gather padded."""
+    if direction == "dgrad":
+        return replace(problem, k=padded_channels(problem.k, itemsize))
+    return replace(problem, c=padded_channels(problem.c, itemsize))
 
 
 def _is_narrow(problem: ConvProblem, direction: Direction, dtype: torch.dtype) -> bool:
@@ -192,17 +218,39 @@ def _balanced(problem: ConvProblem) -> bool:
 def gather_tiles(
     problem: ConvProblem, direction: Direction, operands: Operands, epilogue: Epilogue
 ) -> list[Tile]:
-    """Tiles that tuning may try for a folded problem."""
+    """Tiles that tuning may try for a problem as a plan has it, padded and folded."""
     red, cols = gather_shape(problem, direction)
-    depth = problem.r * problem.s * red if red < _NARROW else red
-    return gather_candidates(
-        cols,
-        depth,
+    demands = _gather_demands(problem, direction, operands, epilogue)
+    return gather_candidates(cols, problem.r * problem.s * red if demands.flat else red, demands)
+
+
+def _is_wide(problem: ConvProblem) -> bool:
+    return _needs_int64(problem.x_size, problem.y_size, problem.w_size)
+
+
+def _gather_demands(
+    problem: ConvProblem, direction: Direction, operands: Operands, epilogue: Epilogue
+) -> Demands:
+    red, cols = gather_shape(problem, direction)
+    masked = epilogue.mask_slope != 1
+    # A result that is not stored in a vector has a pointer of its own.
+    odd = _alignment(cols, operands.itemsize) * operands.itemsize < 8
+    most = 64 if masked or _is_wide(problem) else 128
+    if odd:
+        most = 16 if operands.itemsize == 4 and operands.precision == "ieee" else 32
+    return Demands(
         operands.itemsize,
         operands.precision,
-        epilogue.mask_slope != 1,
         operands.device,
+        masked=masked,
+        flat=_is_flat(red, operands.itemsize),
+        accumulators=most,
     )
+
+
+def _is_flat(red: int, itemsize: int) -> bool:
+    """Whether gemm_k runs over (tap, channel) pairs: few channels, or no whole vectors of them."""
+    return red < _NARROW or _alignment(red, itemsize) * itemsize < 16
 
 
 def plan_gather(
@@ -214,14 +262,19 @@ def plan_gather(
 ) -> GatherPlan:
     """How fprop or dgrad of a problem runs; `choice` overrules what is chosen without measuring."""
     if choice is not None and choice.kernel == "library":
-        return GatherPlan(problem, direction, "library", None, False, 0, {}, {}, 0, 0)
+        channels = problem.k if direction == "dgrad" else problem.c
+        return GatherPlan(problem, direction, "library", None, channels, False, 0, {}, {}, 0, 0)
     if _is_narrow(problem, direction, operands.dtype):
         return _plan_direct(problem, direction, operands, epilogue)
     bias_period = problem.k if direction == "fprop" else problem.c
+    if problem.groups == 1:
+        problem = _padded(problem, direction, operands.itemsize)
+    channels = problem.k if direction == "dgrad" else problem.c
     problem = problem.folded()
     red, cols = gather_shape(problem, direction)
     phases = _phases(problem, direction)
     pixels = _phase_pixels(problem, direction)
+    demands = _gather_demands(problem, direction, operands, epilogue)
     tile = choice.tile if choice is not None else None
     if tile is None:
         tile = best_gather_tile(
@@ -230,16 +283,14 @@ def plan_gather(
             cols,
             ceil_div(problem.r * problem.s, phases) * red,
             phases * problem.groups,
-            operands.itemsize,
-            operands.precision,
-            operands.device,
+            demands,
         )
-    flat = red < _NARROW
     # A folded dgrad repeats the bias over its taps, and vectors must not cross the repeats.
     cols_align = _alignment(math.gcd(cols, bias_period), operands.itemsize)
     red_align = _alignment(red, operands.itemsize)
-    # wgmma takes 32-bit operands along gemm_k only.
-    reduced_last = direction == "fprop" or operands.itemsize == 4
+    # wgmma takes 32-bit operands along gemm_k only, and odd rows of columns have no vectors.
+    odd = cols_align * operands.itemsize < 16
+    reduced_last = direction == "fprop" or operands.itemsize == 4 or odd
     tiles_m, tiles_n = ceil_div(pixels, tile.m), ceil_div(cols, tile.n)
     integers = _gather_integers(problem, direction) | {
         "red_units": red // red_align,
@@ -255,13 +306,12 @@ def plan_gather(
         "COLS_ALIGN": cols_align,
         "TRANSPOSED": direction == "dgrad",
         "W_REDUCED_LAST": reduced_last,
-        "FLAT": flat,
-        "EVEN_K": not flat and red % tile.k == 0,
-        "EVEN_N": cols % tile.n == 0,
+        "FLAT": demands.flat,
+        "EVEN_K": not demands.flat and red % tile.k == 0,
         "SLOPE": epilogue.slope,
         "MASK_SLOPE": epilogue.mask_slope,
         "PRECISION": operands.precision,
-        "WIDE": _needs_int64(problem.x_size, problem.y_size, problem.w_size),
+        "WIDE": _is_wide(problem),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
@@ -272,6 +322,7 @@ def plan_gather(
         direction,
         "igemm",
         tile,
+        channels,
         reduced_last,
         grid,
         integers,
@@ -303,13 +354,23 @@ def _plan_direct(
         "DEPTHWISE": red == 1 and cols == 1,
         "SLOPE": epilogue.slope,
         "MASK_SLOPE": epilogue.mask_slope,
-        "WIDE": _needs_int64(problem.x_size, problem.y_size, problem.w_size),
+        "WIDE": _is_wide(problem),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
     grid = phases * tiles_m * tiles_n
     return GatherPlan(
-        problem, direction, "direct", None, False, grid, integers, constants, warps=4, stages=2
+        problem,
+        direction,
+        "direct",
+        None,
+        problem.groups * red,
+        False,
+        grid,
+        integers,
+        constants,
+        warps=4,
+        stages=2,
     )
 
 
@@ -318,9 +379,15 @@ def _plan_direct(
 
 @dataclass(frozen=True)
 class WgradPlan:
-    """One launch of wgrad_kernel or direct_wgrad_kernel and the sum over its splits."""
+    """One launch of wgrad_kernel or direct_wgrad_kernel and the sum over its splits.
+
+    The kernel reads tensors of `y_channels` and `x_channels` channels, zeros behind their own, and
+    gives a filter gradient padded alike.
+    """
 
     problem: ConvProblem
+    y_channels: int
+    x_channels: int
     kernel: Literal["igemm", "direct", "library"]
     tile: Tile | None
     splits: int
@@ -366,13 +433,28 @@ def _wgrad_columns(problem: ConvProblem, tile_n: int) -> tuple[bool, int]:
 
 def wgrad_tiles(problem: ConvProblem, operands: Operands, mask_slope: float) -> list[Tile]:
     """Tiles that tuning may try for a folded problem."""
+    demands = _wgrad_demands(problem, operands, mask_slope)
     return wgrad_candidates(
-        problem.k_per_group,
-        problem.r * problem.s * problem.c_per_group,
+        problem.k_per_group, problem.r * problem.s * problem.c_per_group, demands
+    )
+
+
+def _wgrad_demands(problem: ConvProblem, operands: Operands, mask_slope: float) -> Demands:
+    masked = mask_slope != 1
+    # An element that is not loaded in a vector has a pointer of its own.
+    odd = (
+        min(
+            _alignment(channels, operands.itemsize) * operands.itemsize
+            for channels in (problem.k_per_group, problem.c_per_group)
+        )
+        < 8
+    )
+    return Demands(
         operands.itemsize,
         operands.precision,
-        mask_slope != 1,
         operands.device,
+        masked=masked,
+        accumulators=16 if odd else 64 if masked or _is_wide(problem) else 128,
     )
 
 
@@ -387,14 +469,21 @@ def plan_wgrad(
 ) -> WgradPlan:
     """How wgrad of a problem runs. `bias` asks for the sums of y, `mask_x` masks x and not y."""
     if choice is not None and choice.kernel == "library":
-        return WgradPlan(problem, "library", None, 1, False, 0, {}, {}, 0, 0)
+        return WgradPlan(problem, problem.k, problem.c, "library", None, 1, False, 0, {}, {}, 0, 0)
     if _is_narrow(problem, "fprop", operands.dtype):
         return _plan_direct_wgrad(problem, operands, mask_x, mask_slope)
+    if problem.groups == 1:
+        problem = _padded(_padded(problem, "fprop", operands.itemsize), "dgrad", operands.itemsize)
+    y_channels, x_channels = problem.k, problem.c
     problem = problem.folded()
     integers = _wgrad_integers(problem)
     pixels = integers["pixels"]
-    if choice is None or choice.tile is None:
-        tiles = wgrad_tiles(problem, operands, mask_slope)
+    demands = _wgrad_demands(problem, operands, mask_slope)
+    if choice is not None and choice.tile is not None and choice.splits > 0:
+        tile, splits = choice.tile, choice.splits
+    else:
+        chosen = choice.tile if choice is not None else None
+        tiles = [chosen] if chosen is not None else wgrad_tiles(problem, operands, mask_slope)
         tile, splits = best_wgrad_tile(
             tiles,
             problem.k_per_group,
@@ -402,12 +491,8 @@ def plan_wgrad(
             problem.w_size,
             problem.groups,
             _hint(pixels),
-            operands.itemsize,
-            operands.precision,
-            operands.device,
+            demands,
         )
-    else:
-        tile, splits = choice.tile, choice.splits
     flat, tiles_n = _wgrad_columns(problem, tile.n)
     tiles_k = ceil_div(problem.k_per_group, tile.m)
     k_align = _alignment(problem.k_per_group, operands.itemsize)
@@ -426,7 +511,7 @@ def plan_wgrad(
         "MASK_X": mask_x and mask_slope != 1,
         "MASK_SLOPE": mask_slope,
         "PRECISION": operands.precision,
-        "WIDE": _needs_int64(problem.x_size, problem.y_size, problem.w_size),
+        "WIDE": _is_wide(problem),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
@@ -434,6 +519,8 @@ def plan_wgrad(
     grid = splits * problem.groups * tiles_k * (tiles_n + bias)
     return WgradPlan(
         problem,
+        y_channels,
+        x_channels,
         "igemm",
         tile,
         splits,
@@ -469,7 +556,7 @@ def _plan_direct_wgrad(
         "DEPTHWISE": problem.k_per_group == 1 and problem.c_per_group == 1,
         "MASK_X": mask_x and mask_slope != 1,
         "MASK_SLOPE": mask_slope,
-        "WIDE": _needs_int64(problem.x_size, problem.y_size, problem.w_size),
+        "WIDE": _is_wide(problem),
         "BLOCK_P": block_p,
         "BLOCK_T": block_t,
         "BLOCK_N": block_n,
@@ -477,6 +564,8 @@ def _plan_direct_wgrad(
     grid = splits * tiles_k * tiles_t
     return WgradPlan(
         problem,
+        problem.k,
+        problem.c,
         "direct",
         None,
         splits,
