@@ -18,6 +18,7 @@ from torch.library import triton_op
 
 from ..autograd import make_ops
 from ..backends import SCHEMAS
+from ..checks import NATIVE_DTYPES, check_conv2d, check_conv_transpose2d
 from ..shapes import conv_extents, conv_transpose_extents, empty_output
 from . import choices
 from .device import device_of, float32_precision
@@ -227,11 +228,7 @@ def _backward(
 ) -> Grads:
     passes = backward_passes(problem, transposed, slope, operands_of(x), needs)
     grad = nhwc(grad)
-    saved = None
-    if slope != 1:
-        if output is None:
-            raise RuntimeError("segpose: the backward of an activation needs its output, got None")
-        saved = nhwc(output)
+    saved = None if slope == 1 or output is None else nhwc(output)
     grad_x, grad_w, grad_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if passes.mask is not None:
         grad, sums = launch_mask(passes.mask, grad, saved)
@@ -267,6 +264,8 @@ def _problem(
     """The problem with plain channels, kernel and attributes; only extents of images may be
     symbols.
     """
+    if w.dtype not in NATIVE_DTYPES:
+        raise RuntimeError(f"segpose: there are no kernels for {w.dtype}")
     k, c, r, s = (int(size) for size in w.shape)
     groups = int(groups)
     n, _, height, width = x_shape
@@ -303,8 +302,29 @@ def conv_transpose2d_problem(
     return _problem(shape, x.shape, w, stride, padding, dilation, groups), shape
 
 
+def _check_backward(
+    grad: Tensor, output: Tensor | None, shape: Sequence[int], x: Tensor, slope: float
+) -> None:
+    """The last line of defence of the raw operators; the friendly messages are checks.py's."""
+    tensors = {"grad_output": grad} | ({} if slope == 1 else {"output": output})
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise RuntimeError(f"segpose: the backward of an activation needs its {name}, got None")
+        if list(tensor.shape) != list(shape):
+            raise RuntimeError(
+                f"segpose: {name} must be {list(shape)} like the operator's output, got "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise RuntimeError(
+                f"segpose: {name} must be {x.dtype} on {x.device} like input, got {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+
+
 def conv2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     *attributes, slope = params
+    check_conv2d(x, w, b, *attributes)
     problem, shape = conv2d_problem(x, w, *attributes)
     return _forward(problem, "fprop", x, w, b, slope, shape)
 
@@ -313,13 +333,16 @@ def conv2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     *attributes, slope, need_input, need_weight, need_bias = params
-    problem, _ = conv2d_problem(x, w, *attributes)
+    check_conv2d(x, w, None, *attributes)
+    problem, shape = conv2d_problem(x, w, *attributes)
+    _check_backward(grad, output, shape, x, slope)
     needs = need_input, need_weight, need_bias
     return _backward(problem, False, slope, grad, output, x, w, needs)
 
 
 def conv_transpose2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     *attributes, slope = params
+    check_conv_transpose2d(x, w, b, *attributes)
     problem, shape = conv_transpose2d_problem(x, w, *attributes)
     return _forward(problem, "dgrad", x, w, b, slope, shape)
 
@@ -328,7 +351,9 @@ def conv_transpose2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     *attributes, slope, need_input, need_weight, need_bias = params
-    problem, _ = conv_transpose2d_problem(x, w, *attributes)
+    check_conv_transpose2d(x, w, None, *attributes)
+    problem, shape = conv_transpose2d_problem(x, w, *attributes)
+    _check_backward(grad, output, shape, x, slope)
     needs = need_input, need_weight, need_bias
     return _backward(problem, True, slope, grad, output, x, w, needs)
 
