@@ -17,7 +17,7 @@ SEED = 20240607
 
 MARKS = (
     "cuda: needs a CUDA device; skipped by name where there is none",
-    "mutation: plants a fault and expects the checks to find it",
+    "mutation: plants a fault and expects the checks to find it; runs with -m mutation only",
     "slow: more than a few seconds; runs with --slow or SEGPOSE_SLOW=1",
     "compact: the subset that is repeated for every instruction set",
 )
@@ -38,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = config.getoption("--slow") or os.environ.get("SEGPOSE_SLOW", "0") not in ("", "0")
     no_cuda = None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device")
+    chosen = config.getoption("-m") or ""
+    left_out = [] if "mutation" in chosen else [i for i in items if "mutation" in i.keywords]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "mutation" not in item.keywords]
     for item in items:
         if no_cuda is not None and "cuda" in item.keywords:
             item.add_marker(no_cuda)

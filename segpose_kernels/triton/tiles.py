@@ -67,7 +67,7 @@ class Tile:
 # its family: 8 for mma.sync (8.x and 12.x), 9 for wgmma and tcgen05 (9.x and 10.x).
 _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("half", 8): (
-        Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 64, 8, 3),
         Tile(128, 64, 32, 4, 4),
         Tile(64, 64, 32, 4, 4),
         Tile(128, 32, 32, 4, 4),

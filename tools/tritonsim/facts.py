@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the compiler makes of every Triton kernel, and what the simulator counts in it.
 
-`kernel_facts()` gives one row for each kernel, tile and architecture, as plain data. Nothing here
-is a measurement of time: rows are static (registers, spills, shared memory, SASS) or simulated.
+`kernel_facts()` gives one row for each kernel at its default configurations and each architecture,
+as plain data. Nothing here is a measurement of time: figures are static (registers, spills, shared
+memory, SASS) or simulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from ptxsim import Counters
+from ptxsim.toolchain import cubin_resources, sass_summary
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
@@ -41,7 +45,15 @@ from segpose_kernels.triton.tiles import Tile
 
 from . import Simulator, device, simulated
 
-__all__ = ["ARCHITECTURES", "SIMULATED", "Case", "cases", "kernel_facts"]
+__all__ = [
+    "ARCHITECTURES",
+    "SIMULATED",
+    "Case",
+    "cases",
+    "kernel_facts",
+    "simulated_figures",
+    "static_row",
+]
 
 ARCHITECTURES = (80, 90, 100, 120)
 SIMULATED = (80, 90)
@@ -61,17 +73,18 @@ Plan = GatherPlan | WgradPlan | MaskPlan | PointwisePlan
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled kernel: `name` is <op>_<dtype>_<tile>[_<variant>]."""
+    """One compiled kernel: `name` is <op>_<dtype>_<tile>[_<variant>].
+
+    `listed` cases make the table; the others are further variants of the same code, compiled to see
+    that none of them spills. `simulated` ones have aligned channels and a K loop to count.
+    """
 
     name: str
     kernel: Any
     plan: Plan
     pointers: dict[str, torch.dtype | None]
-    main: bool = False  # a tile with aligned channels, for which figures are simulated
-
-    @property
-    def warps(self) -> int:
-        return self.plan.warps
+    listed: bool = False
+    simulated: bool = False
 
 
 def _conv(c: int, k: int, r: int, stride: int = 1, *, n: int = 1, extent: int = 16) -> ConvProblem:
@@ -94,7 +107,8 @@ def _gather_case(
     problem: ConvProblem,
     direction: Direction,
     epilogue: Epilogue,
-    main: bool = False,
+    listed: bool = False,
+    simulated: bool = False,
 ) -> Case:
     operands = Operands(dtype, precision, shape)
     plan = plan_gather(problem, direction, operands, epilogue, Choice("igemm", tile))
@@ -103,7 +117,7 @@ def _gather_case(
         pointers["saved_ptr"] = None
     if not epilogue.bias:
         pointers["bias_ptr"] = None
-    return Case(label, igemm_kernel, plan, pointers, main)
+    return Case(label, igemm_kernel, plan, pointers, listed, simulated)
 
 
 def _gather_cases(kind: str, shape: Device) -> Iterator[Case]:
@@ -113,19 +127,21 @@ def _gather_cases(kind: str, shape: Device) -> Iterator[Case]:
     fused, masked = Epilogue(True, 0.01), Epilogue(mask_slope=0.01)
     many = 2**20  # images: offsets of 64 bits
 
-    def case(label: str, tile: Tile, *arguments: Any, main: bool = False) -> Case:
+    def case(label: str, tile: Tile, *arguments: Any, **flags: bool) -> Case:
         full = f"{label.split('_')[0]}_{name}_{tile.m}x{tile.n}x{tile.k}"
         variant = label.partition("_")[2]
         full += f"_{variant}" if variant else ""
-        return _gather_case(full, dtype, precision, tile, shape, *arguments, main=main)
+        return _gather_case(full, dtype, precision, tile, shape, *arguments, **flags)
 
     for tile in tiles._GATHER[kind, family]:
         c, n = 2 * tile.k, tile.n
         up = _conv(n, c, 4, 2)
-        yield case("fprop", tile, _conv(c, n, 3), "fprop", fused, main=True)
-        yield case("dgrad", tile, up, "dgrad", fused, main=True)
+        both = {"listed": True, "simulated": True}
+        yield case("fprop", tile, _conv(c, n, 3), "fprop", fused, **both)
+        yield case("dgrad", tile, up, "dgrad", fused, **both)
         if tile.accumulators <= 64:
-            yield case("dgrad_masked", tile, up, "dgrad", masked, main=True)
+            largest = tile == tiles._GATHER[kind, family][0] or tile.m * tile.n == 128 * 64
+            yield case("dgrad_masked", tile, up, "dgrad", masked, listed=largest)
             yield case("fprop_masked-ragged", tile, _conv(c + 8, n + 8, 3), "fprop", masked)
         yield case("fprop_ragged", tile, _conv(c + 8, n + 8, 3), "fprop", fused)
         yield case("dgrad_ragged", tile, _conv(n + 8, c + 8, 4, 2), "dgrad", fused)
@@ -137,7 +153,8 @@ def _gather_cases(kind: str, shape: Device) -> Iterator[Case]:
             yield case("dgrad_wide", tile, _conv(n, c + 8, 4, 2, n=many), "dgrad", fused)
     for tile in tiles._FLAT_GATHER[kind]:
         for c in (1, 4, 8):
-            yield case(f"fprop_flat{c}", tile, _conv(c, tile.n, 3), "fprop", fused)
+            listed = c == 4
+            yield case(f"fprop_flat{c}", tile, _conv(c, tile.n, 3), "fprop", fused, listed=listed)
             yield case(f"dgrad_flat{c}", tile, _conv(tile.n, c, 4, 2), "dgrad", fused)
             yield case(f"dgrad_flat{c}-masked", tile, _conv(tile.n, c, 4, 2), "dgrad", masked)
 
@@ -171,8 +188,7 @@ def _wgrad_cases(kind: str, shape: Device) -> Iterator[Case]:
                 "bias_out_ptr": torch.float32 if plan.bias else None,
             }
             full = f"wgrad_{name}_{tile.m}x{tile.n}x{tile.k}" + (f"_{variant}" if variant else "")
-            main = not variant or variant.startswith("masked")
-            yield Case(full, wgrad_kernel, plan, pointers, main)
+            yield Case(full, wgrad_kernel, plan, pointers, not variant, not variant)
 
 
 def _other_cases(shape: Device) -> Iterator[Case]:
@@ -180,6 +196,7 @@ def _other_cases(shape: Device) -> Iterator[Case]:
     for dtype in (torch.float16, torch.float32, torch.float64):
         name = {torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}[dtype]
         operands = Operands(dtype, "ieee", shape)
+        listed = dtype != torch.float64
         gather = dict.fromkeys(_GATHER_POINTERS, dtype)
         wgrad = dict.fromkeys(("y_ptr", "x_ptr", "saved_ptr"), dtype)
         partial = torch.float64 if dtype == torch.float64 else torch.float32
@@ -192,24 +209,28 @@ def _other_cases(shape: Device) -> Iterator[Case]:
             for direction in both:
                 epilogue = Epilogue(True, 0.01, 0.01)
                 plan = plan_gather(problem, direction, operands, epilogue)
-                yield Case(f"{direction}_direct_{name}_{label}", direct_kernel, plan, gather)
+                yield Case(
+                    f"{direction}_direct_{name}_{label}", direct_kernel, plan, gather, listed
+                )
             plan = plan_wgrad(problem, operands, mask_x=True, mask_slope=0.01)
             pointers = wgrad | {"out_ptr": partial}
-            yield Case(f"wgrad_direct_{name}_{label}", direct_wgrad_kernel, plan, pointers)
+            yield Case(f"wgrad_direct_{name}_{label}", direct_wgrad_kernel, plan, pointers, listed)
         mask = plan_mask(4096, 64, operands, 0.01, store=True, sums=True)
         pointers = dict.fromkeys(("grad_ptr", "saved_ptr", "out_ptr"), dtype)
-        yield Case(f"mask_{name}", mask_kernel, mask, pointers | {"sums_out_ptr": partial})
+        yield Case(f"mask_{name}", mask_kernel, mask, pointers | {"sums_out_ptr": partial}, listed)
         for last in (True, False):
             after = plan_bias_activation((1, 64, 16, 16), last, 0.01)
             label = "nhwc" if last else "nchw"
             pointers = dict.fromkeys(("y_ptr", "bias_ptr"), dtype)
-            yield Case(f"bias_activation_{name}_{label}", bias_activation_kernel, after, pointers)
+            yield Case(
+                f"bias_activation_{name}_{label}", bias_activation_kernel, after, pointers, listed
+            )
         parts = PointwisePlan(
             8, {"count": 4096, "bias_count": 64, "splits": 4, "tiles": 16}, {"BLOCK": 256}
         )
         pointers = {"parts_ptr": partial, "bias_parts_ptr": partial}
         pointers |= {"out_ptr": dtype, "bias_out_ptr": dtype}
-        yield Case(f"reduce_{name}", reduce_kernel, parts, pointers)
+        yield Case(f"reduce_{name}", reduce_kernel, parts, pointers, listed)
 
 
 def cases(cc: int) -> Iterator[Case]:
@@ -221,7 +242,17 @@ def cases(cc: int) -> Iterator[Case]:
     yield from _other_cases(shape)
 
 
-def _static(case: Case, cc: int, simulator: Simulator) -> dict[str, Any]:
+# Static --------------------------------------------------------------------------------------
+
+_GROUPS = {
+    "tensor": ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA"),
+    "load": ("LDG", "LDGSTS", "LDS", "LDSM", "UTMALDG"),
+    "local": ("LDL", "STL"),
+}
+
+
+def static_row(case: Case, cc: int, simulator: Simulator) -> dict[str, Any]:
+    """Compile a case and read off what the compiler and the disassembler say."""
     tensors = {
         name: None if dtype is None else torch.empty(16, dtype=dtype)
         for name, dtype in case.pointers.items()
@@ -229,125 +260,162 @@ def _static(case: Case, cc: int, simulator: Simulator) -> dict[str, Any]:
     options = {"num_warps": case.plan.warps, "num_stages": case.plan.stages}
     arguments = {**case.plan.integers, **case.plan.constants, **options}
     kernel, _ = simulator.compile(case.kernel, tensors, arguments)
-    usage = kernel.resources()
-    sass = {name: count for name, count in usage.sass.items() if count}
-    spills = 4 * (usage.sass.get("LDL", 0) + usage.sass.get("STL", 0))
+    usage = cubin_resources(kernel.asm["cubin"])[kernel.metadata.name]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        counts = sass_summary(cubin)[kernel.metadata.name]
+    sums = {group: sum(counts.get(m, 0) for m in names) for group, names in _GROUPS.items()}
+    shared = kernel.metadata.shared
     return {
         "name": case.name,
         "backend": "triton",
-        "arch": f"{cc // 10}.{cc % 10}",
-        "threads": kernel.threads,
+        "arch": f"sm_{cc}",
         "registers": usage.registers,
-        "spill_bytes": spills,
+        "spill_bytes": 4 * sums["local"],
         "stack_bytes": usage.stack_bytes,
-        "shared_bytes": kernel.metadata.shared,
-        "ctas_per_sm": _ctas(cc, kernel.threads, usage.registers, kernel.metadata.shared),
-        "sass": sass,
-        "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
-        "tcgen05": "tcgen05.mma" in kernel.asm["ptx"],
+        "shared_bytes": shared,
+        "ctas_per_sm": _ctas(cc, kernel.threads, usage.registers, shared),
+        "sass": sums | counts,
+        "simulated": {},
+        "problem": None,
+        "note": None,
     }
 
 
 def _ctas(cc: int, threads: int, registers: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor; registers go in units of 256 to a warp."""
-    per_warp = -(-registers * 32 // 256) * 256
-    by_registers = _REGISTERS // (per_warp * threads // 32)
+    """Resident blocks: CUDA C++ Programming Guide, "Compute Capabilities" and "Occupancy"."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    by_registers = _REGISTERS // registers_per_warp // 4 * 4 // (threads // 32)
     by_shared = (_SHARED_KIB[cc] << 10) // (shared + 1024)
     return min(by_registers, by_shared, _THREADS[cc] // threads, 32)
 
 
-# Simulated figures --------------------------------------------------------------------------
+# Simulated -----------------------------------------------------------------------------------
+
+_SHORT, _LONG = 6, 10  # tiles of K, both more than any pipeline has stages
+_WGMMA = "one wgmma does the work of many mma.sync, so the ratio of instructions is no cost"
+_TF32_WGRAD = (
+    "both operands lie across the reduction: words are loaded one by one from shared memory"
+)
 
 
-def _simulate(case: Case, cc: int, depth: int) -> tuple[Counters, float]:
-    """Counters of a launch that reduces over `depth` tiles of K, and the bytes it must move."""
-    plan = case.plan
-    assert isinstance(plan, (GatherPlan, WgradPlan))
-    assert plan.tile is not None
-    tile, counters = plan.tile, Counters()
-    dtype = case.pointers["out_ptr"] if isinstance(plan, GatherPlan) else case.pointers["y_ptr"]
+def _draw(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _count_gather(case: Case, plan: GatherPlan, cc: int, depth: int) -> tuple[Counters, int, str]:
+    """Counters of two row tiles of a 1x1 convolution, the bytes it must move, and the problem."""
+    dtype, tile = case.pointers["out_ptr"], plan.tile
     assert dtype is not None
-
-    def draw(*shape: int) -> Tensor:
-        values = torch.randn(shape).to(dtype)
-        return values.contiguous(memory_format=torch.channels_last)
-
+    assert tile is not None
+    rows, red = tile.m // 8, depth * tile.k
+    channels = (tile.n, red) if plan.direction == "dgrad" else (red, tile.n)
+    problem = ConvProblem(1, rows, 16, channels[0], rows, 16, channels[1], 1, 1)
     operands = Operands(dtype, str(plan.constants["PRECISION"]), device(cc))
-    slope = float(plan.constants["MASK_SLOPE"])
+    chosen = plan_gather(
+        problem, plan.direction, operands, Epilogue(True, 0.01), Choice("igemm", tile)
+    )
+    source, w = _draw(dtype, 1, red, rows, 16), _draw(dtype, problem.k, problem.c, 1, 1)
+    bias, target = torch.randn(tile.n).to(dtype), _draw(dtype, 1, tile.n, rows, 16)
+    counters = Counters()
     with set_wrap_triton_enabled(False), simulated(cc, counters=counters):
+        launch_gather(chosen, source, None, w, bias, target)
+    return counters, sum(t.nbytes for t in (source, w, bias, target)), str(problem)
+
+
+def _count_wgrad(case: Case, plan: WgradPlan, cc: int, depth: int) -> tuple[Counters, int, str]:
+    """The same for one tile of a filter gradient."""
+    dtype, tile = case.pointers["y_ptr"], plan.tile
+    assert dtype is not None
+    assert tile is not None
+    rows = depth * tile.k // 16
+    problem = ConvProblem(1, rows, 16, tile.n, rows, 16, tile.m, 1, 1)
+    operands = Operands(dtype, str(plan.constants["PRECISION"]), device(cc))
+    chosen = plan_wgrad(problem, operands, choice=Choice("igemm", tile, 1))
+    y, x = _draw(dtype, 1, tile.m, rows, 16), _draw(dtype, 1, tile.n, rows, 16)
+    target = _draw(dtype, tile.m, tile.n, 1, 1)
+    counters = Counters()
+    with set_wrap_triton_enabled(False), simulated(cc, counters=counters):
+        launch_wgrad(chosen, y, x, None, target)
+    return counters, sum(t.nbytes for t in (y, x, target)), str(problem)
+
+
+@dataclass
+class _Sums:
+    """Totals over instructions of one kind."""
+
+    executed: int = 0
+    wavefronts: int = 0
+    passes: int = 0
+
+
+def _sums(counters: Counters) -> dict[str, _Sums]:
+    found: dict[str, _Sums] = {}
+    for stats in counters.instructions.values():
+        kind = "ldmatrix" if "ldmatrix" in stats.text else stats.kind
+        total = found.setdefault(kind, _Sums())
+        total.executed += stats.executed
+        total.wavefronts += stats.wavefronts
+        total.passes += stats.passes
+    return found
+
+
+def simulated_figures(case: Case, cc: int) -> dict[str, Any]:
+    """The columns "simulated", "problem" and "note" of a case, from two lengths of its K loop."""
+    plan = case.plan
+    runs = []
+    for depth in (_SHORT, _LONG):
         if isinstance(plan, GatherPlan):
-            side = 2 * tile.m // 16
-            problem = ConvProblem(1, side, 16, depth * tile.k, side, 16, tile.n, 1, 1, groups=1)
-            epilogue = Epilogue(slope == 1, 1.0 if slope != 1 else 0.01, slope)
-            direction = plan.direction
-            if direction == "dgrad":
-                problem = ConvProblem(1, side, 16, tile.n, side, 16, depth * tile.k, 1, 1, groups=1)
-            chosen = plan_gather(problem, direction, operands, epilogue, Choice("igemm", tile))
-            source = draw(1, depth * tile.k, side, 16)
-            w = draw(problem.k, problem.c, 1, 1)
-            bias = draw(1, tile.n, 1, 1).flatten() if epilogue.bias else None
-            saved = draw(*source.shape) if slope != 1 else None
-            target = draw(1, tile.n, side, 16)
-            launch_gather(chosen, source, saved, w, bias, target)
-            least = [source, w, bias, saved, target]
+            runs.append(_count_gather(case, plan, cc, depth))
         else:
-            rows = depth * tile.k // 16
-            problem = ConvProblem(1, rows, 16, tile.n, rows, 16, tile.m, 1, 1, groups=1)
-            mask_x = bool(plan.constants["MASK_X"])
-            chosen_wgrad = plan_wgrad(
-                problem,
-                operands,
-                mask_x=mask_x,
-                mask_slope=slope,
-                choice=Choice("igemm", tile, 1),
-            )
-            y, x = draw(1, tile.m, rows, 16), draw(1, tile.n, rows, 16)
-            saved = None if slope == 1 else draw(*(x if mask_x else y).shape)
-            target = draw(tile.m, tile.n, 1, 1)
-            launch_wgrad(chosen_wgrad, y, x, saved, target)
-            least = [y, x, saved, target]
-    return counters, float(sum(t.nbytes for t in least if t is not None))
-
-
-def _simulated(case: Case, cc: int) -> dict[str, Any]:
-    """Figures of a tile with aligned channels; the K loop's by the difference of two depths."""
-    short, _ = _simulate(case, cc, 6)
-    long, least = _simulate(case, cc, 10)
-    before, after = short.mix(), long.mix()
-    tensor = after.get("tensor", 0) - before.get("tensor", 0)
-    others = sum(after.values()) - sum(before.values()) - tensor
+            assert isinstance(plan, WgradPlan)
+            runs.append(_count_wgrad(case, plan, cc, depth))
+    (short, _, _), (long, least, problem) = runs
+    before, after = _sums(short), _sums(long)
+    figures: dict[str, float] = {}
+    for kind, name in (
+        ("ldmatrix", "ldmatrix"),
+        ("async copy", "cp_async"),
+        ("ld shared", "ld_shared"),
+    ):
+        total = after.get(kind, _Sums())
+        if total.passes:
+            figures[f"wavefronts_{name}"] = round(total.wavefronts / total.passes, 3)
+    figures["sector_efficiency"] = round(long.global_efficiency(), 3)
+    grown = {k: after[k].executed - before.get(k, _Sums()).executed for k in after}
+    tensor = grown.pop("tensor", 0)
+    grown.pop("move", 0)  # names of registers, which the assembler resolves
+    if tensor:
+        figures["instructions_per_mma"] = round(sum(grown.values()) / tensor, 3)
     moved = long.unique_bytes() + long.unique_bytes(write=True)
-    return {
-        "shared_wavefronts_per_request": round(long.shared_conflict_factor(), 2),
-        "load_sector_efficiency": round(long.global_efficiency("async copy"), 2),
-        "store_sector_efficiency": round(long.global_efficiency("st global"), 2),
-        "instructions_per_tensor_instruction": round(others / tensor, 2) if tensor else None,
-        "dram_bytes_over_minimum": round(moved / least, 2),
-    }
+    figures["dram_over_minimum"] = round(moved / least, 3)
+    note = None
+    if cc >= 90 and plan.tile is not None and plan.tile.m >= 64 and tensor:
+        note = _WGMMA
+    elif isinstance(plan, WgradPlan) and "tf32" in case.name:
+        note = _TF32_WGRAD
+    return {"simulated": figures, "problem": problem, "note": note}
 
 
 def kernel_facts(
-    architectures: Sequence[int] = ARCHITECTURES,
-    *,
-    simulate: bool = True,
-    only: Iterable[str] | None = None,
+    architectures: Sequence[int] = ARCHITECTURES, *, simulate: bool = True
 ) -> list[dict[str, Any]]:
-    """One row for each kernel, tile and architecture.
+    """One row for each kernel at its default configurations and each architecture.
 
-    Keys: name, backend ("triton"), arch, threads, registers, spill_bytes, stack_bytes,
-    shared_bytes, ctas_per_sm, sass (counts of instructions by mnemonic), wgmma, tcgen05, and for
-    aligned tiles on 8.0 and 9.0 the simulated figures (shared_wavefronts_per_request, ...).
-    `only` keeps the cases of these names.
+    Keys: name, backend ("triton"), arch ("sm_80", ...), registers, spill_bytes (of spill
+    instructions), stack_bytes, shared_bytes, ctas_per_sm, sass (counts by mnemonic, and summed as
+    tensor, load, local), simulated (figures by name, for aligned tiles on 8.0 and 9.0), problem
+    (on which they were counted), note. Takes some minutes.
     """
-    wanted = None if only is None else set(only)
     rows: list[dict[str, Any]] = []
     for cc in architectures:
         simulator = Simulator(cc)
         for case in cases(cc):
-            if wanted is not None and case.name not in wanted:
+            if not case.listed:
                 continue
-            row = _static(case, cc, simulator)
-            if simulate and case.main and cc in SIMULATED:
-                row |= _simulated(case, cc)
+            row = static_row(case, cc, simulator)
+            if simulate and case.simulated and cc in SIMULATED:
+                row |= simulated_figures(case, cc)
             rows.append(row)
     return rows
