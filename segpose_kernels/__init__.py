@@ -8,7 +8,10 @@ defined in `segpose_kernels.reference`.
 
 from __future__ import annotations
 
-from . import nn
+import sys
+import types
+
+from . import fastest, nn
 from .functional import conv2d_act, conv_transpose2d_act
 from .nn import Conv2dAct, ConvTranspose2dAct
 from .settings import precision, release_workspace
@@ -31,3 +34,22 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Whether calls on CUDA tensors with backend="auto" time the backends on a problem's first call and
+# keep the fastest, like torch.backends.cudnn.benchmark. Described in fastest.py.
+benchmark: bool
+
+
+class _Package(types.ModuleType):
+    """The package as a module, with settings that are not plain attributes."""
+
+    @property
+    def benchmark(self) -> bool:
+        return fastest.enabled
+
+    @benchmark.setter
+    def benchmark(self, value: bool) -> None:
+        fastest.enabled = bool(value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -30,6 +30,7 @@ COMMANDS = {
     "kernels": Command(
         "registers, shared memory and counted accesses of GPU kernels", ".kernel_facts"
     ),
+    "tune": Command("measure the Triton kernels for a model's layers", ".triton.tune"),
 }
 
 

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from . import checks
 from .backends import LIBRARY, NAMESPACE
+from .shapes import conv_extents, conv_transpose_extents, empty_output
 
-__all__ = ["NativeOp", "native_ops", "transforms_active"]
+__all__ = ["NativeOp", "make_ops", "native_ops", "transforms_active"]
 
 Params = tuple[Any, ...]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -308,30 +308,15 @@ def _sum(terms: Sequence[Tensor | None], like: Tensor, shape: Sequence[int]) -> 
 # Registration --------------------------------------------------------------------------------
 
 
-def _memory_format(x: Tensor, w: Tensor) -> torch.memory_format:
-    """torch's rule: channels_last if input or weight is."""
-    last = torch.channels_last
-    if suggest_memory_format(x) == last or suggest_memory_format(w) == last:
-        return last
-    return torch.contiguous_format
-
-
-def _empty(x: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, w))
-
-
 def _output_shape(op: NativeOp, x: Tensor, w: Tensor, params: Params) -> list[int]:
     g = op.geometry(params)
-    kernel = [checks.effective_kernel(w.shape[2 + i], g.dilation[i]) for i in (0, 1)]
+    size, kernel = x.shape[2:], w.shape[2:]
     if op.transposed:
-        channels = w.shape[1] * g.groups
-        full = [(x.shape[2 + i] - 1) * g.stride[i] + kernel[i] for i in (0, 1)]
-        extents = [full[i] - 2 * g.padding[i] + g.output_padding[i] for i in (0, 1)]
-    else:
-        channels = w.shape[0]
-        padded = [x.shape[2 + i] + 2 * g.padding[i] for i in (0, 1)]
-        extents = [(padded[i] - kernel[i]) // g.stride[i] + 1 for i in (0, 1)]
-    return [x.shape[0], channels, *extents]
+        extents = conv_transpose_extents(
+            size, kernel, g.stride, g.padding, g.output_padding, g.dilation
+        )
+        return [x.shape[0], w.shape[1] * g.groups, *extents]
+    return [x.shape[0], w.shape[0], *conv_extents(size, kernel, g.stride, g.padding, g.dilation)]
 
 
 def _register_fakes(op: NativeOp) -> None:
@@ -339,20 +324,20 @@ def _register_fakes(op: NativeOp) -> None:
 
     def forward(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
         check(x, w, b, *params[:-1])
-        return _empty(x, w, _output_shape(op, x, w, params))
+        return empty_output(x, w, _output_shape(op, x, w, params))
 
     def backward(
         grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_input, need_weight, need_bias = rest[-3:]
         return (
-            _empty(x, w, x.shape) if need_input else x.new_empty(0),
+            empty_output(x, w, x.shape) if need_input else x.new_empty(0),
             torch.empty_like(w) if need_weight else x.new_empty(0),
             x.new_empty(grad.shape[1] if need_bias else 0),
         )
 
-    torch.library.register_fake(f"{NAMESPACE}::{op.name}", forward)
-    torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", backward)
+    torch.library.register_fake(op.qualified_name, forward)
+    torch.library.register_fake(f"{op.qualified_name}_backward", backward)
 
 
 def _register_autograd(op: NativeOp) -> None:
@@ -380,20 +365,18 @@ def _register_autograd(op: NativeOp) -> None:
         others = (None for _ in (*ctx.call.params, *ctx.call.needs))
         return by_grad, None, by_input, by_weight, *others
 
-    name = f"{NAMESPACE}::{op.name}"
+    name = op.qualified_name
     torch.library.register_autograd(name, forward_formula, setup_context=save_forward)
     torch.library.register_autograd(
         f"{name}_backward", backward_formula, setup_context=save_backward
     )
 
 
-def _native_ops() -> dict[str, NativeOp]:
-    """The operators of the library by name, with fakes and formulas; empty without the library."""
-    if not LIBRARY.loaded:
-        return {}
+def make_ops(namespace: str) -> dict[str, NativeOp]:
+    """The operators registered in `namespace` by name, with fakes and formulas."""
     ops = {
-        "conv2d": NativeOp("conv2d", transposed=False),
-        "conv_transpose2d": NativeOp("conv_transpose2d", transposed=True),
+        "conv2d": NativeOp("conv2d", transposed=False, namespace=namespace),
+        "conv_transpose2d": NativeOp("conv_transpose2d", transposed=True, namespace=namespace),
     }
     for op in ops.values():
         _register_fakes(op)
@@ -401,4 +384,5 @@ def _native_ops() -> dict[str, NativeOp]:
     return ops
 
 
-native_ops = _native_ops()
+# The operators of the C++ library; empty without the library.
+native_ops = make_ops(NAMESPACE) if LIBRARY.loaded else {}

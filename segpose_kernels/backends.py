@@ -7,6 +7,7 @@ or does not load, the reason is kept, and calls run on the next backend of the l
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import warnings
@@ -181,15 +182,18 @@ def _old_gpu() -> str | None:
     return "it needs compute capability 8.0 or newer, got {}.{}".format(*capability)
 
 
-# Fastest first; the first that supports a call runs it. Meta tensors have the CPU's fakes.
+def _triton_missing() -> str | None:
+    """Triton itself is imported by the first call that it runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; get it with: pip install triton (Linux only)"
+    return None
+
+
+# Fastest first; the first that supports a call runs it, on CUDA by the rule in auto.py. Meta
+# tensors have the CPU's fakes.
 BACKENDS = (
     Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, CUDA_LIBRARY.missing, _old_gpu),
-    Backend(
-        "triton",
-        frozenset({"cuda"}),
-        NATIVE_DTYPES,
-        "this version of the package has no Triton kernels",
-    ),
+    Backend("triton", frozenset({"cuda"}), NATIVE_DTYPES, _triton_missing()),
     Backend("cpu", frozenset({"cpu", "meta"}), NATIVE_DTYPES, _missing_cpu()),
     Backend("aten", None, None, None),
 )

@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import backends, checks
+from . import auto, backends, checks, fastest
 from .autograd import native_ops, transforms_active
 from .checks import Pair
 from .reference import conv2d_act_reference, conv_transpose2d_act_reference
 
 __all__ = ["conv2d_act", "conv_transpose2d_act"]
 
+
+# Where `groups` stands among the parameters of both operators.
+_GROUPS = 3
 
 Params = tuple[Any, ...]
 Runner = Callable[[Tensor, Tensor, Tensor | None, Params], Tensor]
@@ -49,6 +52,10 @@ class _Operator:
     label: str
     check: Callable[..., None]
     runners: dict[str, Runner]
+
+    def runner(self, name: str) -> Runner:
+        """What runs a call on the backend called `name`."""
+        return auto.triton_op(self.label) if name == "triton" else self.runners[name]
 
 
 def _operator(
@@ -203,13 +210,26 @@ def _call(
         input = input.unsqueeze(0)
     if torch.compiler.is_compiling():
         # The fake of the operator makes the same checks, without guards from this frame.
-        name = backends.select_for_compile(backend, input.device.type, input.dtype)
+        if input.is_cuda:
+            large = auto.is_large(weight, params[_GROUPS])
+            name = auto.choose_for_compile(backend, input.device, input.dtype, large)
+        else:
+            name = backends.select_for_compile(backend, input.device.type, input.dtype)
         if name != "aten" and transforms_active():
             name = _backend_for_compiled_transform(backend)
     else:
         operator.check(input, weight, bias, *params)
-        name = backends.select(backend, input.device.type, input.dtype)
-    run = operator.runners[name]
+        if input.is_cuda:
+            large = auto.is_large(weight, params[_GROUPS])
+            name = auto.choose(backend, input.device, input.dtype, large)
+            if slope is not None and fastest.is_wanted(backend):
+                measured = (*params, slope)
+                name = fastest.choose(
+                    operator.label, operator.runners, input, weight, bias, measured, name
+                )
+        else:
+            name = backends.select(backend, input.device.type, input.dtype)
+    run = operator.runner(name)
     if slope is None:
         y = F.leaky_relu(run(input, weight, bias, (*params, 1.0)), negative_slope)
     else:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Extents and memory formats of results, the same for kernels and for their fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .checks import effective_kernel
+
+__all__ = ["conv_extents", "conv_transpose_extents", "empty_output"]
+
+
+def conv_extents(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """(P, Q) of a convolution: (size + 2*padding - effective kernel) // stride + 1."""
+    return [
+        (size[i] + 2 * padding[i] - effective_kernel(kernel[i], dilation[i])) // stride[i] + 1
+        for i in (0, 1)
+    ]
+
+
+def conv_transpose_extents(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """(P, Q) of a transposed convolution."""
+    full = [(size[i] - 1) * stride[i] + effective_kernel(kernel[i], dilation[i]) for i in (0, 1)]
+    return [full[i] - 2 * padding[i] + output_padding[i] for i in (0, 1)]
+
+
+def _memory_format(x: Tensor, w: Tensor) -> torch.memory_format:
+    """torch's rule: channels_last if input or weight is."""
+    last = torch.channels_last
+    if suggest_memory_format(x) == last or suggest_memory_format(w) == last:
+        return last
+    return torch.contiguous_format
+
+
+def empty_output(x: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised result of a call with input x and weight w, in torch's memory format."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, w))
