@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One case from start to end: prepare the contenders, check what they compute, time those right."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..testing.memory import peak_allocated_bytes
+from ..testing.numerics import relative_l2
+from .cases import Case
+from .contenders import Contender, Prepared, Unavailable
+from .results import OURS, CaseResult, Measurement
+from .statistics import paired_ratio
+from .subjects import results_of
+from .timing import Clock, Effort, clock_for, take_turns
+
+__all__ = ["Options", "WrongResult", "measure_case"]
+
+# Above this many operations a float64 reference takes too long; torch eager in float32 serves then.
+_LARGEST_FLOAT64_REFERENCE = 3e11
+
+# Largest relative L2 errors of results that are timed: of a layer's output and gradients, of a
+# model's output and gradients. Errors add up over a model's layers; and where rounding decides on
+# which side of zero an activation lies, all of a gradient that passes there is at stake.
+_ALLOWED = {
+    torch.float32: (1e-5, 1e-5, 1e-4, 1e-2),
+    torch.bfloat16: (1e-2, 1e-1, 1e-1, 4e-1),
+    torch.float16: (2e-3, 2e-2, 2e-2, 1e-1),
+}
+
+
+class WrongResult(Exception):  # noqa: N818 - reads as what it is
+    """This package computed something else than the reference."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cases are measured.
+
+    Attributes:
+        contenders: who takes part, in the order of columns.
+        device: "cpu" or "cuda".
+        threads: of every contender.
+        evict: bytes of other memory touched before each call; 0 leaves the CPU's caches warm.
+        memory: whether to measure peak memory too.
+    """
+
+    contenders: Sequence[Contender]
+    device: str = "cpu"
+    threads: int = 1
+    effort: Effort = field(default_factory=Effort)
+    evict: int = 0
+    memory: bool = True
+
+
+def measure_case(case: Case, options: Options) -> CaseResult:
+    """Check and time every contender on a case.
+
+    A peer that cannot take part, or whose result is wrong, is left out with its reason.
+
+    Raises:
+        WrongResult: if this package's own result is wrong.
+    """
+    reference, origin = _reference(case)
+    ready: dict[str, Prepared] = {}
+    errors: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    for contender in options.contenders:
+        try:
+            prepared = contender.prepare(case, options.device, options.threads)
+            errors[contender.name] = _check(case, prepared, reference)
+        except Unavailable as reason:
+            absent[contender.name] = str(reason)
+        except WrongResult as wrong:
+            if contender.ours:
+                raise WrongResult(f"{contender.name} on {case}: {wrong}") from None
+            absent[contender.name] = f"wrong result: {wrong}"
+        except Exception as error:  # a peer's failure is a finding about the peer
+            if contender.ours:
+                raise
+            absent[contender.name] = f"{type(error).__name__}: {_first_line(error)}"
+        else:
+            ready[contender.name] = prepared
+    del reference
+    measurements = _timed(options, ready, errors)
+    case.forget()
+    return CaseResult.of(case, measurements, absent, reference=origin)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
+
+
+def _reference(case: Case) -> tuple[dict[str, Tensor], str]:
+    """Expected results by name, and how they were computed."""
+    double = case.flops <= _LARGEST_FLOAT64_REFERENCE
+    dtype = torch.float64 if double else torch.float32
+    origin = "float64" if double else "torch eager, float32"
+    return results_of(case.subject, training=case.training, dtype=dtype), origin
+
+
+def _check(case: Case, prepared: Prepared, reference: Mapping[str, Tensor]) -> float:
+    """The largest relative L2 error over all results; raises WrongResult above the limit."""
+    first = 2 * (case.spec is None)
+    of_output, of_gradient = _ALLOWED[case.dtype][first : first + 2]
+    results = prepared.results()
+    if missing := reference.keys() - results.keys():
+        raise WrongResult(f"no result {sorted(missing)}")
+    errors = {}
+    for name, expected in reference.items():
+        found = results[name].to("cpu", torch.float64)
+        if found.shape != expected.shape:
+            raise WrongResult(f"{name} is {list(found.shape)}, expected {list(expected.shape)}")
+        allowed = of_output if name == "output" else of_gradient
+        error = relative_l2(found, expected)
+        if not error <= allowed:  # NaN is wrong too
+            raise WrongResult(f"{name} has relative L2 error {error:.1e}, allowed {allowed:.0e}")
+        errors[name] = error
+    return max(errors.values())
+
+
+def _timed(
+    options: Options, ready: Mapping[str, Prepared], errors: Mapping[str, float]
+) -> list[Measurement]:
+    ours = {c.name for c in options.contenders if c.ours}
+
+    def interval(seconds: Mapping[str, list[float]]) -> float:
+        """Width of the ratio to the fastest peer."""
+        peers = {n: values for n, values in seconds.items() if n not in ours}
+        if OURS not in seconds or not peers:
+            return float("inf")
+        fastest = min(peers, key=lambda name: statistics.median(peers[name]))
+        return paired_ratio(peers[fastest], seconds[OURS]).relative_width
+
+    clock: Clock = clock_for(options.device, evict=options.evict)
+    calls = {name: prepared.call for name, prepared in ready.items()}
+    samples = take_turns(calls, clock, options.effort, interval=interval)
+    return [
+        Measurement(
+            name,
+            name in ours,
+            samples[name].seconds,
+            samples[name].calls,
+            errors[name],
+            _peak(prepared, options) if options.memory else None,
+        )
+        for name, prepared in ready.items()
+    ]
+
+
+def _peak(prepared: Prepared, options: Options) -> int | None:
+    if not prepared.torch_memory:
+        return None
+    prepared.release()
+    if options.device == "cpu":
+        return peak_allocated_bytes(prepared.call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    prepared.call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
