@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds the kernels: `_C` (torch ops on the LibTorch stable ABI) and `_plan` (host-only bindings).
+"""Builds the kernels: `_C` (torch ops on the LibTorch stable ABI), `_plan` (host-only bindings) and
+`_limits` (what the machine computes at most).
 
 Environment:
     SEGPOSE_WERROR=1     warnings are errors (CI)
@@ -77,9 +78,17 @@ def extensions() -> list[Extension]:
         extra_compile_args={"cxx": compile_flags()},
         extra_link_args=link_flags(),
     )
-    # Nothing of torch is used here: plain includes and libraries keep it so.
-    plan.include_dirs, plan.libraries, plan.library_dirs = [get_include()], [], []
-    return [kernels, plan]
+    limits = CppExtension(
+        "segpose_kernels._limits",
+        ["csrc/bench/limits.cpp"],
+        include_dirs=[get_include()],
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    for module in (plan, limits):
+        # Nothing of torch is used here: plain includes and libraries keep it so.
+        module.include_dirs, module.libraries, module.library_dirs = [get_include()], [], []
+    return [kernels, plan, limits]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from ..testing.kernelbench import KERNELBENCH, for_cpu
 from ..testing.networks import NETWORKS
 from ..testing.problems import CPM2DPOSE, SEGNET, TRANSPOSED
 from ..testing.spec import ConvSpec
@@ -23,6 +24,7 @@ GROUPS = {
     "networks": "more transposed convolutions",
     "cpm-layers": "layers of CPM2DPose, 256x256",
     "segnet-layers": "layers of SegNet, batch 64",
+    "kernelbench": "2-D convolutions of KernelBench, cut to the size of a CPU",
 }
 """Group names, and what they hold."""
 
@@ -42,7 +44,9 @@ _QUICK_LAYERS = frozenset(
 )
 
 
-def _layer(spec: ConvSpec, group: str, mode: Mode, dtype: torch.dtype, tier: Tier) -> Case:
+def _layer(
+    spec: ConvSpec, group: str, mode: Mode, dtype: torch.dtype, tier: Tier, note: str = ""
+) -> Case:
     passes = 3 if mode == "training" else 1
     return Case(
         spec.name,
@@ -55,6 +59,7 @@ def _layer(spec: ConvSpec, group: str, mode: Mode, dtype: torch.dtype, tier: Tie
         # Each pass reads two of the three tensors and writes the third.
         float(spec.bytes(dtype) * passes),
         tier,
+        note,
     )
 
 
@@ -120,12 +125,19 @@ def _models() -> Iterator[Case]:
             )
 
 
+def _kernelbench() -> Iterator[Case]:
+    for full in KERNELBENCH:
+        spec, cut = for_cpu(full)
+        yield _layer(spec, "kernelbench", "inference", _FLOAT32, "full", cut)
+
+
 CASES: tuple[Case, ...] = (
     *_models(),
     *_layers("transposed", TRANSPOSED),
     *_layers("networks", NETWORKS),
     *_layers("cpm-layers", _distinct(CPM2DPOSE)),
     *_layers("segnet-layers", SEGNET),
+    *_kernelbench(),
 )
 
 

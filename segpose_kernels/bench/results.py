@@ -28,9 +28,10 @@ class Measurement:
     Attributes:
         ours: whether it is this package; the others are peers.
         samples: seconds a call, one a round; round i of all contenders of a case lie together.
+            Those far behind take part in the first rounds only.
         calls: calls that a sample is the mean of.
         error: largest relative L2 error over all results, against the reference.
-        peak_bytes: most memory that a call holds beyond what existed before, its results included,
+        peak_bytes: most memory that a call holds beyond model, gradients of parameters and input,
             as torch's allocator sees it; None where the contender has an allocator of its own.
     """
 

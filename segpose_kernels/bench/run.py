@@ -18,6 +18,7 @@ from . import machine, table
 from .cases import DTYPES, Case, Tier
 from .catalogue import CASES, GROUPS, select
 from .contenders import CONTENDERS, Contender, contenders_for
+from .limits import measure_limits
 from .measure import Options, WrongResult, measure_case
 from .results import OURS, Run
 from .timing import Effort
@@ -122,14 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             most_rounds=1000,
             precise_enough=0.0,
         )
+    limits = measure_limits("cpu", threads)
     options = Options(
         contenders=_chosen(arguments.contenders, "cpu"),
         threads=threads,
         effort=effort,
         evict=arguments.evict * 2**20,
+        limits=limits,
     )
     command = ["segpose", "bench", *(sys.argv[2:] if argv is None else argv)]
     run = Run(machine.facts("cpu", threads, command), _settings(options))
+    run.limits = None if limits is None else limits.to_dict()
     code = run_cases(cases, options, run, details=arguments.details)
     if arguments.json is not None:
         run.save(arguments.json)

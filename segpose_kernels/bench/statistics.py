@@ -47,8 +47,11 @@ def median_of(values: Sequence[float]) -> Estimate:
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Estimate:
-    """Median of the ratios round by round: what both suffer alike in a round cancels."""
-    return median_of([a / b for a, b in zip(numerator, denominator, strict=True)])
+    """Median of the ratios round by round: what both suffer alike in a round cancels.
+
+    Where one took part in the first rounds only, these count.
+    """
+    return median_of([a / b for a, b in zip(numerator, denominator, strict=False)])
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,13 +30,23 @@ _IDLE_SHARE = 0.1
 _IDLE_STEP = 0.002
 _LONGEST_PAUSE = 0.06
 
+# Rounds that everyone takes part in; then those this many times slower than the fastest drop out,
+# unless their calls are so short that it does not matter.
+_FEWEST_ROUNDS = 3
+_FAR_BEHIND = 3.0
+_SHORT = 0.01
+
+# Seconds above which a call needs no untimed one before it.
+_LONG = 0.25
+
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure one case.
 
     Attributes:
-        seconds: stop after these, once `least_rounds` are done.
+        seconds: stop after these, once `least_rounds` are done; after four times as long, three
+            rounds are enough.
         least_rounds, most_rounds: rounds in which every contender has one turn.
         sample_seconds: a turn repeats the call for about this long and gives the mean.
         precise_enough: stop early once `interval` of the caller is narrower than this.
@@ -45,6 +57,13 @@ class Effort:
     most_rounds: int = 60
     sample_seconds: float = 0.01
     precise_enough: float = 0.02
+
+    def over(self, rounds: int, elapsed: float) -> bool:
+        """Whether time is up."""
+        if rounds >= self.most_rounds:
+            return True
+        least = self.least_rounds if elapsed < 4 * self.seconds else _FEWEST_ROUNDS
+        return rounds >= least and elapsed >= self.seconds
 
 
 @dataclass(frozen=True)
@@ -136,31 +155,34 @@ def take_turns(
     clock: Clock,
     effort: Effort,
     *,
-    interval: Callable[[Mapping[str, list[float]]], float] | None = None,
+    keep: Collection[str] = (),
+    interval: Callable[[Mapping[str, list[float]]], float] = lambda seconds: math.inf,
 ) -> dict[str, Samples]:
     """Time the contenders in turns.
 
     Args:
         calls: by contender; each has been called before (compiled, packed, allocated).
+        keep: contenders that take part in every round, however slow.
         interval: width, relative to its value, of the interval around what the caller is after;
             measuring ends when it is below `effort.precise_enough`.
 
     Returns:
-        Samples by contender; all have the same number of rounds.
+        Samples by contender, of all rounds or, for those far behind, of the first three.
     """
     repeats = {name: _repeats(call, clock, effort) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    end = time.perf_counter() + effort.seconds
+    start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for done in range(effort.most_rounds):
-            if done >= effort.least_rounds and (
-                time.perf_counter() > end
-                or (interval is not None and interval(seconds) < effort.precise_enough)
-            ):
+        for done in itertools.count():
+            if effort.over(done, time.perf_counter() - start):
                 break
+            if done >= effort.least_rounds and interval(seconds) < effort.precise_enough:
+                break
+            if done == _FEWEST_ROUNDS:
+                names = [name for name in names if name in keep or _in_reach(name, seconds)]
             # Another goes first in each round, so that none is always the one after the slowest.
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:
@@ -175,10 +197,15 @@ def take_turns(
     return {name: Samples(values, repeats[name][0]) for name, values in seconds.items()}
 
 
+def _in_reach(name: str, seconds: Mapping[str, list[float]]) -> bool:
+    fastest = min(min(values) for values in seconds.values())
+    return min(seconds[name]) <= max(_SHORT, _FAR_BEHIND * fastest)
+
+
 def _repeats(call: Call, clock: Clock, effort: Effort) -> tuple[int, bool]:
     """Calls a sample, and whether an untimed one goes before: not where one call takes long."""
-    call()
     clock.settle()
-    call()
-    once = max(clock.time(call, 1), 1e-7)
-    return max(1, min(10_000, round(effort.sample_seconds / once))), once < 0.25
+    once = clock.time(call, 1)
+    if once < _LONG:
+        once = max(clock.time(call, 1), 1e-7)
+    return max(1, min(10_000, round(effort.sample_seconds / once))), once < _LONG

@@ -26,14 +26,13 @@ class Prepared:
     Attributes:
         call: one call, as it is timed; returns when the work is done (CPU) or enqueued (CUDA).
         results: what a call computes, by the names of `subjects.results_of`.
-        torch_memory: whether the memory it takes comes from torch's allocator.
-        release: frees what the last call left behind, such as gradients.
+        memory_call: the same for measuring memory, with the parameters' gradients kept, so that
+            they do not count; None where memory does not come from torch's allocator.
     """
 
     call: Callable[[], object]
     results: Callable[[], dict[str, Tensor]]
-    torch_memory: bool = True
-    release: Callable[[], None] = lambda: None
+    memory_call: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

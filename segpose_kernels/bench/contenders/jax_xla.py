@@ -42,7 +42,7 @@ def _prepare(case: Case, device: str, threads: int) -> Prepared:
         def call() -> Any:
             return forward(parameters, x).block_until_ready()
 
-        return Prepared(call, lambda: {"output": _nchw(call())}, torch_memory=False)
+        return Prepared(call, lambda: {"output": _nchw(call())})
 
     def step(parameters: Any, x: Any, grad: Any) -> Any:
         if subject.input_grad:
@@ -63,7 +63,7 @@ def _prepare(case: Case, device: str, threads: int) -> Prepared:
             found["grad input"] = _nchw(grad_x[0])
         return found | {f"grad {name}": _tensor(value) for name, value in grads.items()}
 
-    return Prepared(train, results, torch_memory=False)
+    return Prepared(train, results)
 
 
 def _nhwc(tensor: Tensor) -> Tensor:

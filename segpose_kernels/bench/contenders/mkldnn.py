@@ -53,7 +53,7 @@ def _fused(case: Case, spec: ConvSpec, memory_format: torch.memory_format) -> Pr
             y: Tensor = fused.default(x, *arguments)
             return y
 
-    return Prepared(call, lambda: {"output": call()})
+    return Prepared(call, lambda: {"output": call()}, call)
 
 
 def _seconds(prepared: Prepared) -> float:

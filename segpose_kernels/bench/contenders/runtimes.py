@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -19,8 +20,9 @@ from .base import Contender, Prepared, Unavailable, require
 __all__ = ["RUNTIMES"]
 
 
+@functools.lru_cache(maxsize=1)
 def _onnx_model(case: Case) -> bytes:
-    """The subject in float32, exported for its input's shape."""
+    """The subject in float32, exported for its input's shape; kept for the next runtime."""
     require("onnxscript")
     subject = case.subject
     with _quiet():
@@ -77,7 +79,7 @@ def _onnxruntime(case: Case, device: str, threads: int) -> Prepared:
         call()
         return {"output": torch.from_numpy(y.copy())}
 
-    return Prepared(call, results, torch_memory=False)
+    return Prepared(call, results)
 
 
 def _openvino(case: Case, device: str, threads: int) -> Prepared:
@@ -124,7 +126,7 @@ def _openvino(case: Case, device: str, threads: int) -> Prepared:
         call()
         return {"output": y.clone()}
 
-    return Prepared(call, results, torch_memory=False)
+    return Prepared(call, results)
 
 
 def _output_shape(case: Case) -> tuple[int, ...]:

@@ -54,22 +54,22 @@ def _prepared(
             with torch.no_grad():
                 return run(x)
 
-        return Prepared(forward, lambda: {"output": forward()})
+        return Prepared(forward, lambda: {"output": forward()}, forward)
 
     x = x.requires_grad_(subject.input_grad)
     parameters = dict(subject.module.named_parameters())
 
-    def release() -> None:
-        x.grad = None
-        for parameter in parameters.values():
-            parameter.grad = None
-
-    def step() -> Tensor:
-        release()
+    def accumulate() -> Tensor:
         with _precision(case, device):
             output = run(x)
         torch.autograd.backward(output, subject.grad_output)
         return output.detach()
+
+    def step() -> Tensor:
+        x.grad = None
+        for parameter in parameters.values():
+            parameter.grad = None
+        return accumulate()
 
     def results() -> dict[str, Tensor]:
         found = {"output": step()}
@@ -81,7 +81,7 @@ def _prepared(
             found[f"grad {name}"] = parameter.grad
         return found
 
-    return Prepared(step, results, release=release)
+    return Prepared(step, results, accumulate)
 
 
 def _eager(case: Case, device: str, threads: int, *, channels_last: bool) -> Prepared:
