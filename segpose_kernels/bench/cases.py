@@ -44,7 +44,9 @@ class Case:
             activations need not touch memory.
         tier: "quick" is in `segpose bench --quick`, "full" in `segpose bench`, "extra" runs only
             when it is selected by name.
-        note: what else a reader has to know, such as "batch 1 of the published 128".
+        note: what else a reader has to know, such as "1 image of 128".
+        sweep: the quantity that a series of cases varies, and its value here.
+        contenders: names of those that take part; empty for all.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Case:
     bytes: float | None
     tier: Tier = "full"
     note: str = ""
+    sweep: tuple[str, int] | None = None
+    contenders: tuple[str, ...] = ()
 
     @property
     def spec(self) -> ConvSpec | None:

@@ -74,6 +74,8 @@ def measure_case(case: Case, options: Options) -> CaseResult:
     errors: dict[str, float] = {}
     absent: dict[str, str] = {}
     for contender in options.contenders:
+        if case.contenders and contender.name not in case.contenders:
+            continue
         try:
             prepared = contender.prepare(case, options.device, options.threads)
             errors[contender.name] = _check(case, prepared, reference)

@@ -64,6 +64,7 @@ class CaseResult:
     flops: float
     bytes: float | None
     note: str
+    sweep: tuple[str, int] | None
     reference: str
     measurements: dict[str, Measurement]
     absent: dict[str, str]
@@ -88,6 +89,7 @@ class CaseResult:
             case.flops,
             case.bytes,
             case.note,
+            case.sweep,
             reference,
             {m.contender: m for m in measurements},
             absent,
@@ -157,6 +159,7 @@ class Run:
             CaseResult(
                 **{
                     **case,
+                    "sweep": case["sweep"] and tuple(case["sweep"]),
                     "measurements": {
                         name: Measurement(**m) for name, m in case["measurements"].items()
                     },
