@@ -17,9 +17,16 @@ import torch
 
 from ..info import collect
 
-__all__ = ["confine", "describe", "facts"]
+__all__ = ["available_cores", "confine", "describe", "facts"]
 
 _PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "jax", "onnx", "nvidia-cudnn-frontend")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def confine(threads: int) -> None:
@@ -28,13 +35,13 @@ def confine(threads: int) -> None:
     Every pool started afterwards sees these cores only, so that nobody takes more than asked for.
 
     Raises:
-        ValueError: if the process has fewer cores.
+        ValueError: if the process has fewer cores, or for less than one.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        if threads > len(cores):
-            raise ValueError(f"asked for {threads} threads, this process has {len(cores)} cores")
-        os.sched_setaffinity(0, cores[:threads])
+    available = available_cores()
+    if not 1 <= threads <= available:
+        raise ValueError(f"asked for {threads} threads, this process has {available} cores")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,17 @@ class Options:
     evict: int = 0
     memory: bool = True
     limits: Limits | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data for a report."""
+        effort = asdict(self.effort)
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            "effort": effort,
+            "evict_bytes": self.evict,
+            "contenders": [c.name for c in self.contenders],
+        }
 
 
 def measure_case(case: Case, options: Options) -> CaseResult:

@@ -154,20 +154,42 @@ class Run:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Run:
-        cases = [
-            CaseResult(
-                **{
-                    **case,
-                    "sweep": case["sweep"] and tuple(case["sweep"]),
-                    "measurements": {
-                        name: Measurement(**m) for name, m in case["measurements"].items()
-                    },
-                }
-            )
-            for case in data["cases"]
-        ]
-        return cls(data["machine"], data["settings"], cases, data["limits"])
+    def load(cls, path: Path) -> Run:
+        """From a file that `save` or pytest-benchmark has written.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if "benchmarks" in data:
+                return cls._from_pytest_benchmark(data)
+            cases = [_case_from_dict(case, case["measurements"]) for case in data["cases"]]
+            return cls(data["machine"], data["settings"], cases, data["limits"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no results of segpose bench: {error!r}") from error
+
+    @classmethod
+    def _from_pytest_benchmark(cls, data: dict[str, Any]) -> Run:
+        found = [benchmark["extra_info"]["segpose"] for benchmark in data["benchmarks"]]
+        cases: dict[str, dict[str, Any]] = {}
+        measurements: dict[str, dict[str, Any]] = {}
+        for entry in found:
+            case, measurement = entry["case"], entry["measurement"]
+            key = f"{case['name']} {case['dtype']} {case['mode']}"
+            cases[key] = case
+            measurements.setdefault(key, {})[measurement["contender"]] = measurement
+        about = data["machine_info"]["segpose"]
+        results = [_case_from_dict(case, measurements[key]) for key, case in cases.items()]
+        return cls(about["machine"], about["settings"], results, about["limits"])
+
+
+def _case_from_dict(case: dict[str, Any], measurements: dict[str, Any]) -> CaseResult:
+    values = case | {
+        "sweep": case["sweep"] and tuple(case["sweep"]),
+        "measurements": {name: Measurement(**m) for name, m in measurements.items()},
+    }
+    return CaseResult(**values)
 
 
 @dataclass(frozen=True)

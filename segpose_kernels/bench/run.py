@@ -23,7 +23,7 @@ from .measure import Options, WrongResult, measure_case
 from .results import OURS, Run
 from .timing import Effort
 
-__all__ = ["main", "run_cases"]
+__all__ = ["FULL", "QUICK", "main", "quieten", "run_cases"]
 
 FULL = Effort()
 QUICK = Effort(seconds=2.0, least_rounds=5, most_rounds=25, precise_enough=0.04)
@@ -109,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in cases:
             print(case.id)
         return 0
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = arguments.threads or available or 1
+    threads = arguments.threads or machine.available_cores()
     try:
         machine.confine(threads)
     except ValueError as error:
@@ -132,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits=limits,
     )
     command = ["segpose", "bench", *(sys.argv[2:] if argv is None else argv)]
-    run = Run(machine.facts("cpu", threads, command), _settings(options))
+    run = Run(machine.facts("cpu", threads, command), options.settings())
     run.limits = None if limits is None else limits.to_dict()
     code = run_cases(cases, options, run, details=arguments.details)
     if arguments.json is not None:
@@ -151,25 +150,17 @@ def _chosen(names: str | None, device: str) -> list[Contender]:
     return [c for c in contenders if c.name in wanted or c.name == OURS]
 
 
-def _settings(options: Options) -> dict[str, object]:
-    effort = options.effort
-    return {
-        "device": options.device,
-        "threads": options.threads,
-        "seconds": effort.seconds,
-        "rounds": [effort.least_rounds, effort.most_rounds],
-        "sample_seconds": effort.sample_seconds,
-        "evict_bytes": options.evict,
-        "contenders": [c.name for c in options.contenders],
-    }
+def quieten() -> None:
+    """Keep libraries from telling that there is no GPU on stderr."""
+    # The profiler reports its start and stop, and a missing GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # torch.compile looks for a CUDA compiler and says if there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def run_cases(cases: Sequence[Case], options: Options, run: Run, *, details: bool = False) -> int:
     """Measure into `run` and print on the way; 1 if a result of this package was wrong."""
-    # The profiler's library reports its start and stop, and a missing GPU, on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # torch.compile looks for a CUDA compiler and says if there is none.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quieten()
     print(machine.describe(run.machine))
     lines = table.ResultLines(cases, [c.name for c in options.contenders])
     print(f"\n{lines.header}", flush=True)
