@@ -6,21 +6,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ..cli import LineParser, UsageError
-from . import machine, table
+from ..cli import UsageError
+from . import gate, machine, table
+from .arguments import parser
 from .cases import DTYPES, Case, Tier
-from .catalogue import CASES, GROUPS, select
-from .contenders import CONTENDERS, Contender, contenders_for
+from .catalogue import CASES, select
+from .contenders import Contender, contenders_for
+from .goals import goal_cases, goals_table
 from .limits import measure_limits
 from .measure import Options, WrongResult, measure_case
+from .report import splice, write_report
 from .results import OURS, Run
+from .statistics import Estimate
 from .timing import Effort
 
 __all__ = ["FULL", "QUICK", "main", "quieten", "run_cases"]
@@ -29,114 +34,76 @@ FULL = Effort()
 QUICK = Effort(seconds=2.0, least_rounds=5, most_rounds=25, precise_enough=0.04)
 
 
-def _parser() -> LineParser:
-    groups = "\n".join(f"  {name:<15}{words}" for name, words in GROUPS.items())
-    names = "\n".join(f"  {c.name:<21}{c.title}" for c in _distinct_contenders())
-    parser = LineParser(
-        prog="segpose bench",
-        description=(
-            "Time this package beside everything one would take instead, on the same numbers, in "
-            "turns, after checking each result. A ratio is the time of the fastest peer over ours: "
-            "above 1 this package is faster."
-        ),
-        epilog=f"groups:\n{groups}\n\ncontenders:\n{names}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="a subset, in about three minutes")
-    parser.add_argument(
-        "--only",
-        metavar="WORD",
-        action="append",
-        default=[],
-        help="cases of the group WORD or with WORD in their name; may be repeated",
-    )
-    parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
-    parser.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        action="append",
-        choices=list(DTYPES),
-        default=[],
-        help=f"only this one of {', '.join(DTYPES)}; may be repeated",
-    )
-    parser.add_argument(
-        "--mode",
-        metavar="MODE",
-        action="append",
-        choices=["inference", "training"],
-        default=[],
-        help="only inference or training",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="cores for everyone (default: all there are)"
-    )
-    parser.add_argument(
-        "--contenders",
-        metavar="NAMES",
-        help="only these, separated by commas; this package always takes part",
-    )
-    parser.add_argument("--seconds", type=float, metavar="S", help="measure each case this long")
-    parser.add_argument(
-        "--evict",
-        type=int,
-        metavar="MIB",
-        default=0,
-        help="touch this much other memory before each call (default 0: caches stay warm)",
-    )
-    parser.add_argument("--details", action="store_true", help="a table for each case")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    return parser
-
-
-def _distinct_contenders() -> list[Contender]:
-    return list({c.name: c for c in CONTENDERS}.values())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0 if everything ran, 1 if a result of this package was wrong.
+    """Command line.
+
+    Returns:
+        0 if everything ran; 1 if a result of this package was wrong, or --gate found a loss.
 
     Raises:
-        UsageError: for a word that finds no case, an unknown contender, too many threads.
+        UsageError: for a word that finds no case, an unknown contender, too many threads, files
+            that cannot be read.
+        MissingExtraError: for --report without matplotlib.
     """
-    arguments = _parser().parse_args(argv)
-    tier: Tier = "quick" if arguments.quick else "full"
-    cases = select(
-        tier, arguments.only, dtypes=[DTYPES[d] for d in arguments.dtype], modes=arguments.mode
-    )
-    if not cases:
-        raise UsageError(f"no case matches; 'segpose bench --list' shows all {len(CASES)}")
+    arguments = parser().parse_args(argv)
+    if arguments.readme is not None and arguments.report is None:
+        raise UsageError("--readme needs --report DIR, where the full report and the plots go")
+    cases = _cases(arguments)
     if arguments.list:
         for case in cases:
             print(case.id)
         return 0
+    command = ["segpose", "bench", *(sys.argv[2:] if argv is None else argv)]
+    if arguments.stored:
+        runs = [_load(path) for path in arguments.stored]
+        _print_stored(runs[0])
+        code = 0
+    else:
+        options = _options(arguments)
+        runs = [Run(machine.facts("cpu", options.threads, command), options.settings())]
+        runs[0].limits = None if options.limits is None else options.limits.to_dict()
+        code = run_cases(cases, options, runs[0], details=arguments.details)
+        if arguments.gate:
+            _measure_losses_again(runs[0], options)
+        swept = any(case.sweep is not None for case in runs[0].cases)
+        if arguments.report is not None and swept and options.threads > 1:
+            runs += _sweeps_with_one_thread(arguments)
+    return max(code, _use(arguments, runs))
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    if arguments.goals:
+        return select(
+            "extra", arguments.only, dtypes=dtypes, modes=arguments.mode, cases=goal_cases()
+        )
+    tier: Tier = "quick" if arguments.quick or arguments.gate else "full"
+    cases = select(tier, arguments.only, dtypes=dtypes, modes=arguments.mode)
+    if not cases:
+        raise UsageError(f"no case matches; 'segpose bench --list' shows all {len(CASES)}")
+    return cases
+
+
+def _options(arguments: argparse.Namespace) -> Options:
     threads = arguments.threads or machine.available_cores()
     try:
         machine.confine(threads)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"--threads: {error}") from error
     effort = QUICK if arguments.quick else FULL
     if arguments.seconds is not None:
-        effort = Effort(
-            seconds=arguments.seconds,
-            least_rounds=effort.least_rounds,
-            most_rounds=1000,
-            precise_enough=0.0,
-        )
-    limits = measure_limits("cpu", threads)
-    options = Options(
-        contenders=_chosen(arguments.contenders, "cpu"),
+        least = effort.least_rounds
+        effort = Effort(arguments.seconds, least, most_rounds=1000, precise_enough=0.0)
+    contenders = _chosen(arguments.contenders, "cpu")
+    if arguments.gate or arguments.store_ratios:
+        contenders = gate.contenders_of_gate(contenders)
+    return Options(
+        contenders=contenders,
         threads=threads,
         effort=effort,
         evict=arguments.evict * 2**20,
-        limits=limits,
+        limits=measure_limits("cpu", threads),
     )
-    command = ["segpose", "bench", *(sys.argv[2:] if argv is None else argv)]
-    run = Run(machine.facts("cpu", threads, command), options.settings())
-    run.limits = None if limits is None else limits.to_dict()
-    code = run_cases(cases, options, run, details=arguments.details)
-    if arguments.json is not None:
-        run.save(arguments.json)
-    return code
 
 
 def _chosen(names: str | None, device: str) -> list[Contender]:
@@ -148,6 +115,15 @@ def _chosen(names: str | None, device: str) -> list[Contender]:
     if unknown := [name for name in wanted if name not in known]:
         raise UsageError(f"unknown contender {unknown[0]!r}; there are {', '.join(sorted(known))}")
     return [c for c in contenders if c.name in wanted or c.name == OURS]
+
+
+def _load(path: Path) -> Run:
+    try:
+        return Run.load(path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def quieten() -> None:
@@ -162,25 +138,100 @@ def run_cases(cases: Sequence[Case], options: Options, run: Run, *, details: boo
     """Measure into `run` and print on the way; 1 if a result of this package was wrong."""
     quieten()
     print(machine.describe(run.machine))
-    lines = table.ResultLines(cases, [c.name for c in options.contenders])
+    lines = table.ResultLines([c.name for c in cases], [c.name for c in options.contenders])
     print(f"\n{lines.header}", flush=True)
     start = time.perf_counter()
-    wrong: list[str] = []
+    code = 0
     for case in cases:
         try:
             result = measure_case(case, options)
-        except WrongResult as error:
-            wrong.append(str(error))
-            print(f"WRONG {error}", flush=True)
+        except WrongResult as wrong:
+            code = 1
+            print(f"WRONG {wrong}", flush=True)
             continue
         run.cases.append(result)
         print(lines.line(result), flush=True)
         if details:
             print(f"\n{table.details(result)}\n", flush=True)
-    print(f"\n{table.summary(run.cases)}")
-    print("\nratio: time of the fastest peer / ours, ±95% interval; ~ marks one known to 10% only")
-    if missing := table.absences(run.cases):
-        print(f"\nleft out:\n{missing}")
+    print(f"\n{table.summary(run.cases)}\n\n{table.LEGEND}")
+    if missing := table.reasons(run.cases):
+        print("\nleft out:", *missing, sep="\n  ")
     print(f"\n{len(run.cases)} cases in {time.perf_counter() - start:.0f} s")
-    torch._dynamo.reset()
-    return 1 if wrong else 0
+    return code
+
+
+def _print_stored(run: Run) -> None:
+    contenders: list[str] = run.settings["contenders"]
+    lines = table.ResultLines([case.name for case in run.cases], contenders)
+    print(machine.describe(run.machine), "", lines.header, sep="\n")
+    print(*map(lines.line, run.cases), "", table.summary(run.cases), "", table.LEGEND, sep="\n")
+
+
+def _sweeps_with_one_thread(arguments: argparse.Namespace) -> list[Run]:
+    """The sweeps once more, in a process of its own: thread pools cannot be made smaller."""
+    print("\nthe sweeps with one thread:")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sweeps.json"
+        command = [sys.executable, "-m", "segpose_kernels", "bench", "--only", "scaling"]
+        command += ["--threads", "1", "--json", str(path)]
+        if arguments.contenders is not None:
+            command += ["--contenders", arguments.contenders]
+        if arguments.seconds is not None:
+            command += ["--seconds", str(arguments.seconds)]
+        if subprocess.run(command, check=False).returncode:
+            return []
+        return [Run.load(path)]
+
+
+def _use(arguments: argparse.Namespace, runs: Sequence[Run]) -> int:
+    """Everything that is made of results."""
+    run = runs[0]
+    if arguments.json is not None:
+        run.save(arguments.json)
+    if arguments.goals:
+        print(f"\n{goals_table(run.cases, run.machine['isa'])}")
+    if arguments.report is not None:
+        fewer = runs[1] if len(runs) > 1 else None
+        report = write_report(run, arguments.report, fewer_threads=fewer)
+        run.save(arguments.report / "results.json")
+        print(f"\nreport: {arguments.report / 'report.html'}, {arguments.report / 'report.md'}")
+        if arguments.readme is not None:
+            try:
+                splice(report, arguments.readme, arguments.report)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--readme: {error}") from error
+    if arguments.store_ratios:
+        path = gate.ratios_path(run.machine["isa"], run.machine["threads"])
+        count = gate.store_ratios(path, run.cases, machine.describe(run.machine))
+        print(f"\n{count} ratios stored in {path}")
+    return _gate(run) if arguments.gate else 0
+
+
+def _stored_ratios(run: Run) -> dict[str, Estimate]:
+    try:
+        return gate.load_ratios(gate.ratios_path(run.machine["isa"], run.machine["threads"]))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"no ratios are stored for {run.machine['isa']} with {run.machine['threads']} threads; "
+            "--store-ratios stores those of a run"
+        ) from error
+
+
+def _measure_losses_again(run: Run, options: Options) -> None:
+    """Replace results that lost by new ones, with more effort: a neighbour may be to blame."""
+    lost = {loss.case for loss in gate.find_losses(run.cases, _stored_ratios(run))}
+    longer = replace(options, effort=FULL)
+    for i, result in enumerate(run.cases):
+        if result.id in lost:
+            case = next(case for case in CASES if case.id == result.id)
+            run.cases[i] = measure_case(case, longer)
+
+
+def _gate(run: Run) -> int:
+    ratios = _stored_ratios(run)
+    compared = sum(case.id in ratios for case in run.cases)
+    losses = gate.find_losses(run.cases, ratios)
+    print(f"\n{compared} cases compared: {len(losses)} slower than before")
+    for loss in losses:
+        print(f"  {loss}")
+    return 1 if losses else 0

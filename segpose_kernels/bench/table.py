@@ -3,15 +3,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..swap.report import format_table
-from .cases import Case
 from .results import CaseResult, Measurement, summarise
 from .statistics import Estimate
 
-__all__ = ["ResultLines", "absences", "format_ratio", "format_seconds", "summary"]
+__all__ = [
+    "LEGEND",
+    "ResultLines",
+    "details",
+    "format_ratio",
+    "format_seconds",
+    "reasons",
+    "summary",
+]
+
+
+LEGEND = (
+    "ratio: time of the fastest alternative / ours, ± half its 95% interval; ~ if not known to 10%"
+)
 
 
 def format_seconds(seconds: float) -> str:
@@ -39,9 +51,9 @@ class ResultLines:
 
     _RATIO_WIDTH = 13
 
-    def __init__(self, cases: Sequence[Case], contenders: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], contenders: Sequence[str]) -> None:
         self._contenders = contenders
-        self._name_width = max((len(case.name) for case in cases), default=0)
+        self._name_width = max(map(len, names), default=0)
         self._widths = [max(6, len(name)) for name in contenders]
 
     @property
@@ -110,13 +122,12 @@ def _ours_is(result: CaseResult, measured: Measurement) -> str:
     return "-" if ratio is None else f"{ratio.value:.2f}x"
 
 
-def absences(cases: Iterable[CaseResult]) -> str:
+def reasons(cases: Iterable[CaseResult]) -> list[str]:
     """Who was left out, why, and in how many cases; a line each."""
-    counts: dict[tuple[str, str], list[str]] = defaultdict(list)
+    counts: Counter[tuple[str, str]] = Counter()
     for case in cases:
-        for contender, reason in case.absent.items():
-            counts[contender, reason].append(case.id)
-    return "\n".join(
-        f"  {contender}: {reason} ({len(ids)} case{'s' * (len(ids) > 1)})"
-        for (contender, reason), ids in sorted(counts.items())
-    )
+        counts.update(case.absent.items())
+    return [
+        f"{contender}: {reason} ({count} case{'s' * (count > 1)})"
+        for (contender, reason), count in sorted(counts.items())
+    ]

@@ -66,4 +66,4 @@ def _seconds(prepared: Prepared) -> float:
     return min(times)
 
 
-MKLDNN = (Contender("mkldnn", "oneDNN fused, packed weights", frozenset({"cpu"}), _prepare),)
+MKLDNN = (Contender("mkldnn", "oneDNN fused", frozenset({"cpu"}), _prepare),)

@@ -143,7 +143,7 @@ OURS = (
     Contender("segpose", "segpose_kernels", _CPU, _ours, ours=True),
     Contender(
         "segpose-nchw",
-        "segpose_kernels, NCHW in and out",
+        "segpose_kernels, NCHW",
         _CPU,
         functools.partial(_ours, channels_last=False),
         ours=True,
@@ -170,7 +170,7 @@ EAGER = (
     Contender("cudnn-search", "torch eager, cudnn.benchmark", _CUDA, _cudnn_search),
 )
 COMPILED = (
-    Contender("compile", "torch.compile; on CPU with freezing in inference", _ANY, _compiled),
+    Contender("compile", "torch.compile", _ANY, _compiled),
     Contender(
         "max-autotune",
         "torch.compile max-autotune",
