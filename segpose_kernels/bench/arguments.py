@@ -62,6 +62,11 @@ def _add_cases(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="only inference or training",
     )
+    group.add_argument(
+        "--gpu",
+        action="store_true",
+        help="the GPU page: static figures, and measured ones where there is a CUDA device",
+    )
     group.add_argument("--list", action="store_true", help="print the cases and measure nothing")
     group.add_argument(
         "--from",

@@ -24,7 +24,7 @@ from .timing import Clock, Effort, clock_for, take_turns
 __all__ = ["Options", "WrongResult", "measure_case"]
 
 # Above this many operations a float64 reference takes too long; torch eager in float32 serves then.
-_LARGEST_FLOAT64_REFERENCE = 3e11
+_LARGEST_FLOAT64_REFERENCE = {"cpu": 3e11, "cuda": 3e13}
 
 # Largest relative L2 errors of results that are timed: of a layer's output and gradients, of a
 # model's output and gradients. Errors add up over a model's layers; and where rounding decides on
@@ -34,6 +34,10 @@ _ALLOWED = {
     torch.bfloat16: (1e-2, 1e-1, 1e-1, 7e-1),
     torch.float16: (2e-3, 2e-2, 2e-2, 2e-1),
 }
+
+
+# On CUDA torch computes float32 convolutions in TF32, with 10 bits behind the point, by default.
+_ALLOWED_TF32 = (2e-3, 1e-2, 1e-2, 2e-1)
 
 
 class WrongResult(Exception):  # noqa: N818 - reads as what it is
@@ -81,7 +85,7 @@ def measure_case(case: Case, options: Options) -> CaseResult:
     Raises:
         WrongResult: if this package's own result is wrong.
     """
-    reference, origin = _reference(case)
+    reference, origin = _reference(case, options.device)
     ready: dict[str, Prepared] = {}
     errors: dict[str, float] = {}
     absent: dict[str, str] = {}
@@ -90,7 +94,7 @@ def measure_case(case: Case, options: Options) -> CaseResult:
             continue
         try:
             prepared = contender.prepare(case, options.device, options.threads)
-            errors[contender.name] = _check(case, prepared, reference)
+            errors[contender.name] = _check(case, prepared, reference, options.device)
         except Unavailable as reason:
             absent[contender.name] = str(reason)
         except WrongResult as wrong:
@@ -116,24 +120,26 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
 
 
-def _reference(case: Case) -> tuple[dict[str, Tensor], str]:
+def _reference(case: Case, device: str) -> tuple[dict[str, Tensor], str]:
     """Expected results by name, and how they were computed."""
-    double = case.flops <= _LARGEST_FLOAT64_REFERENCE
+    double = case.flops <= _LARGEST_FLOAT64_REFERENCE[device]
     dtype = torch.float64 if double else torch.float32
     origin = "float64" if double else "torch eager, float32"
-    return results_of(case.subject, training=case.training, dtype=dtype), origin
+    subject = case.subject if device == "cpu" else case.subject.to(device)
+    return results_of(subject, training=case.training, dtype=dtype), origin
 
 
-def _check(case: Case, prepared: Prepared, reference: Mapping[str, Tensor]) -> float:
+def _check(case: Case, prepared: Prepared, reference: Mapping[str, Tensor], device: str) -> float:
     """The largest relative L2 error over all results; raises WrongResult above the limit."""
     first = 2 * (case.spec is None)
-    of_output, of_gradient = _ALLOWED[case.dtype][first : first + 2]
+    tf32 = device == "cuda" and case.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    of_output, of_gradient = (_ALLOWED_TF32 if tf32 else _ALLOWED[case.dtype])[first : first + 2]
     results = prepared.results()
     if missing := reference.keys() - results.keys():
         raise WrongResult(f"no result {sorted(missing)}")
     errors = {}
     for name, expected in reference.items():
-        found = results[name].to("cpu", torch.float64)
+        found = results[name].to(expected.device, torch.float64)
         if found.shape != expected.shape:
             raise WrongResult(f"{name} is {list(found.shape)}, expected {list(expected.shape)}")
         allowed = of_output if name == "output" else of_gradient

@@ -42,12 +42,15 @@ class _Report:
         return [case for case in self.run.cases if case.group == name]
 
 
-def write_report(run: Run, folder: Path, *, fewer_threads: Run | None = None) -> _Report:
+def write_report(
+    run: Run, folder: Path, *, fewer_threads: Run | None = None, more: Sequence[Block] = ()
+) -> _Report:
     """Write `report.md`, `report.html` and `plots/` into `folder`, which is made if need be.
 
     Args:
         run: the results; losses and what was left out are reported like everything else.
         fewer_threads: the series of sweeps once more with fewer threads.
+        more: blocks to put at the end.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
@@ -61,7 +64,7 @@ def write_report(run: Run, folder: Path, *, fewer_threads: Run | None = None) ->
                 *_group(report, name, cases),
             ]
     report.blocks += [*_losses(run), *_scaling(report), *_roofline(report), *_published(run)]
-    report.blocks += [*_method(run), *_left_out(run)]
+    report.blocks += [*_method(run), *_left_out(run), *more]
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for name, (height, draw) in report.plots.items():

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..cli import UsageError
-from . import gate, machine, table
+from . import gate, gpu, machine, table
 from .arguments import parser
 from .cases import DTYPES, Case, Tier
 from .catalogue import CASES, select
 from .contenders import Contender, contenders_for
+from .document import to_html, to_markdown
 from .goals import goal_cases, goals_table
 from .limits import measure_limits
 from .measure import Options, WrongResult, measure_case
@@ -48,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.readme is not None and arguments.report is None:
         raise UsageError("--readme needs --report DIR, where the full report and the plots go")
+    device = "cuda" if arguments.gpu and torch.cuda.is_available() else "cpu"
+    if arguments.gpu and device == "cpu":
+        return _static_gpu_page(arguments)
     cases = _cases(arguments)
     if arguments.list:
         for case in cases:
@@ -59,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_stored(runs[0])
         code = 0
     else:
-        options = _options(arguments)
-        runs = [Run(machine.facts("cpu", options.threads, command), options.settings())]
+        options = _options(arguments, device)
+        runs = [Run(machine.facts(device, options.threads, command), options.settings())]
         runs[0].limits = None if options.limits is None else options.limits.to_dict()
         code = run_cases(cases, options, runs[0], details=arguments.details)
         if arguments.gate:
@@ -71,20 +77,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return max(code, _use(arguments, runs))
 
 
+def _static_gpu_page(arguments: argparse.Namespace) -> int:
+    """Print the page, or write it to gpu.md and gpu.html; there is no GPU to add to it."""
+    blocks = gpu.static_page()
+    print("no CUDA device here: the static GPU page", file=sys.stderr)
+    if arguments.report is None:
+        print(to_markdown(blocks))
+        return 0
+    folder: Path = arguments.report
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.md").write_text(to_markdown(blocks), encoding="utf-8")
+    page = to_html(blocks, title="GPU kernels", folder=folder)
+    (folder / "gpu.html").write_text(page, encoding="utf-8")
+    print(f"report: {folder / 'gpu.html'}, {folder / 'gpu.md'}")
+    return 0
+
+
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     dtypes = [DTYPES[name] for name in arguments.dtype]
-    if arguments.goals:
-        return select(
-            "extra", arguments.only, dtypes=dtypes, modes=arguments.mode, cases=goal_cases()
-        )
     tier: Tier = "quick" if arguments.quick or arguments.gate else "full"
-    cases = select(tier, arguments.only, dtypes=dtypes, modes=arguments.mode)
+    known: Sequence[Case] = CASES
+    if arguments.goals:
+        tier, known = "extra", goal_cases()
+    elif arguments.gpu:
+        known = gpu.gpu_cases()
+    cases = select(tier, arguments.only, dtypes=dtypes, modes=arguments.mode, cases=known)
     if not cases:
-        raise UsageError(f"no case matches; 'segpose bench --list' shows all {len(CASES)}")
+        raise UsageError(f"no case matches; 'segpose bench --list' shows all {len(known)}")
     return cases
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def _options(arguments: argparse.Namespace, device: str) -> Options:
     threads = arguments.threads or machine.available_cores()
     try:
         machine.confine(threads)
@@ -94,15 +117,16 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.seconds is not None:
         least = effort.least_rounds
         effort = Effort(arguments.seconds, least, most_rounds=1000, precise_enough=0.0)
-    contenders = _chosen(arguments.contenders, "cpu")
+    contenders = _chosen(arguments.contenders, device)
     if arguments.gate or arguments.store_ratios:
         contenders = gate.contenders_of_gate(contenders)
     return Options(
         contenders=contenders,
+        device=device,
         threads=threads,
         effort=effort,
         evict=arguments.evict * 2**20,
-        limits=measure_limits("cpu", threads),
+        limits=measure_limits(device, threads),
     )
 
 
@@ -192,7 +216,8 @@ def _use(arguments: argparse.Namespace, runs: Sequence[Run]) -> int:
         print(f"\n{goals_table(run.cases, run.machine['isa'])}")
     if arguments.report is not None:
         fewer = runs[1] if len(runs) > 1 else None
-        report = write_report(run, arguments.report, fewer_threads=fewer)
+        more = gpu.static_page() if arguments.gpu else []
+        report = write_report(run, arguments.report, fewer_threads=fewer, more=more)
         run.save(arguments.report / "results.json")
         print(f"\nreport: {arguments.report / 'report.html'}, {arguments.report / 'report.md'}")
         if arguments.readme is not None:

@@ -13,7 +13,15 @@ from ..testing.spec import ConvSpec
 from .cases import Case, Mode, Tier
 from .work import model_flops
 
-__all__ = ["distinct", "kernelbench", "layers", "models", "sweeps"]
+__all__ = [
+    "distinct",
+    "gpu_layers",
+    "gpu_models",
+    "kernelbench",
+    "layers",
+    "models",
+    "sweeps",
+]
 
 _FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16
 _DTYPES = (_FLOAT32, _BFLOAT16)
@@ -167,3 +175,28 @@ def _swept_model(model: str, quantity: str, value: int, shape: tuple[int, int, i
         sweep=(quantity, value),
         contenders=_SWEPT_CONTENDERS,
     )
+
+
+_GPU_DTYPES = (_FLOAT32, torch.float16, _BFLOAT16)
+_GPU_MODELS: tuple[tuple[str, tuple[int, int, int, int], Mode], ...] = (
+    ("cpm2dpose", (1, 3, 256, 256), "inference"),
+    ("cpm2dpose", (16, 3, 368, 368), "inference"),
+    ("cpm2dpose", (16, 3, 368, 368), "training"),
+    ("segnet", (64, 1, 28, 28), "inference"),
+    ("segnet", (4096, 1, 28, 28), "inference"),
+    ("segnet", (4096, 1, 28, 28), "training"),
+)
+
+
+def gpu_models() -> Iterator[Case]:
+    """Whole models with batches for a GPU."""
+    for dtype in _GPU_DTYPES:
+        for model, shape, mode in _GPU_MODELS:
+            yield _model(model, shape, mode, dtype, "full")
+
+
+def gpu_layers(group: str, specs: Sequence[ConvSpec]) -> Iterator[Case]:
+    """Layers at full size, in each dtype of a GPU."""
+    for dtype in _GPU_DTYPES:
+        for spec in specs:
+            yield _layer(spec, group, "inference", dtype, "full")

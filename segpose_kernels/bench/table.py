@@ -28,12 +28,13 @@ LEGEND = (
 
 def format_seconds(seconds: float) -> str:
     """In milliseconds, three figures."""
-    return _three_figures(seconds * 1e3)
+    return three_figures(seconds * 1e3)
 
 
-def _three_figures(value: float) -> str:
+def three_figures(value: float) -> str:
+    """A positive number without an exponent."""
     if value >= 100:
-        return f"{value:.0f}"
+        return f"{value:,.0f}"
     if value >= 10:
         return f"{value:.1f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
@@ -106,9 +107,9 @@ def details(result: CaseResult) -> str:
             measured.contender,
             format_seconds(time.value),
             f"{format_seconds(time.low)}-{format_seconds(time.high)}",
-            _three_figures(result.flops / time.value / 1e9),
+            three_figures(result.flops / time.value / 1e9),
             "" if measured.ours else _ours_is(result, measured),
-            "-" if measured.peak_bytes is None else _three_figures(measured.peak_bytes / 2**20),
+            "-" if measured.peak_bytes is None else three_figures(measured.peak_bytes / 2**20),
             f"{measured.error:.0e}",
         ]
         if result.floor is not None:

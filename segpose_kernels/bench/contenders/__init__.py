@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .base import Contender, Prepared, Unavailable
+from .cudnn import CUDNN
 from .jax_xla import JAX
 from .mkldnn import MKLDNN
 from .runtimes import RUNTIMES
@@ -11,7 +12,7 @@ from .torch_modules import COMPILED, EAGER, OURS
 
 __all__ = ["CONTENDERS", "Contender", "Prepared", "Unavailable", "contenders_for"]
 
-CONTENDERS: tuple[Contender, ...] = (*OURS, *EAGER, *COMPILED, *MKLDNN, *RUNTIMES, *JAX)
+CONTENDERS: tuple[Contender, ...] = (*OURS, *EAGER, *COMPILED, *CUDNN, *MKLDNN, *RUNTIMES, *JAX)
 """In the order of columns."""
 
 

@@ -117,11 +117,10 @@ def _compiled(case: Case, device: str, threads: int, *, mode: str | None = None)
 def _ours(
     case: Case, device: str, threads: int, *, backend: str = "auto", channels_last: bool = True
 ) -> Prepared:
-    name = backend if backend != "auto" else device
-    dtype = case.dtype
-    reason = next(b for b in BACKENDS if b.name == name).supports(device, dtype)
-    if reason is not None:
-        raise Unavailable(f"backend {name}: {reason}")
+    wanted = [b for b in BACKENDS if b.name == backend or (backend == "auto" and b.name != "aten")]
+    reasons = {b.name: b.supports(device, case.dtype) for b in wanted}
+    if None not in reasons.values():
+        raise Unavailable("; ".join(f"backend {name}: {why}" for name, why in reasons.items()))
     subject = _operands(case, device, channels_last=channels_last)
     module, report = optimize(
         subject.module,
@@ -140,7 +139,7 @@ def _as_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 OURS = (
-    Contender("segpose", "segpose_kernels", _CPU, _ours, ours=True),
+    Contender("segpose", "segpose_kernels", _ANY, _ours, ours=True),
     Contender(
         "segpose-nchw",
         "segpose_kernels, NCHW",
@@ -148,12 +147,9 @@ OURS = (
         functools.partial(_ours, channels_last=False),
         ours=True,
     ),
-)
-OURS_CUDA = (
-    Contender("segpose", "segpose_kernels CUDA C++", _CUDA, _ours, ours=True),
     Contender(
         "segpose-triton",
-        "segpose_kernels Triton",
+        "segpose_kernels, Triton",
         _CUDA,
         functools.partial(_ours, backend="triton"),
         ours=True,
