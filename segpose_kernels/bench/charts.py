@@ -20,12 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Draw", "relative_times", "roofline", "rows_height", "save", "scaling"]
+__all__ = [
+    "COLOURS",
+    "TITLES",
+    "Draw",
+    "Theme",
+    "gpu_roofs",
+    "present",
+    "relative_times",
+    "roofline",
+    "rows_height",
+    "save",
+]
 
 Draw = Callable[["Figure", "Theme"], None]
 
 _WIDTH = 8.6  # inches, at 100 dots an inch
-_COLOURS = {
+COLOURS = {
     "segpose": "#e4572e",
     "segpose-nchw": "#f0a38a",
     "segpose-triton": "#c2185b",
@@ -42,7 +53,7 @@ _COLOURS = {
     "openvino": "#3b8fd9",
     "jax": "#c06fae",
 }
-_TITLES = {c.name: c.title for c in CONTENDERS}
+TITLES = {c.name: c.title for c in CONTENDERS}
 
 
 class Theme:
@@ -110,7 +121,7 @@ def relative_times(cases: Sequence[CaseResult]) -> Draw:
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        names = _present(shown)
+        names = present(shown)
         low, high = 0.8, 1.25
         for row, case in enumerate(shown):
             assert case.ours is not None
@@ -120,10 +131,10 @@ def relative_times(cases: Sequence[CaseResult]) -> Draw:
                     continue
                 relative = measured.time.value / case.ours.time.value
                 low, high = min(low, relative / 1.1), max(high, relative * 1.1)
-                axes.plot(relative, row, "o", color=_COLOURS[name], markersize=6, alpha=0.95)
+                axes.plot(relative, row, "o", color=COLOURS[name], markersize=6, alpha=0.95)
         low = max(low, 1 / 30)
         high = min(high, 30.0)
-        axes.axvline(1, color=_COLOURS[OURS], linewidth=2, zorder=1)
+        axes.axvline(1, color=COLOURS[OURS], linewidth=2, zorder=1)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_xticks(_times(low, high), [f"{tick:g}x" for tick in _times(low, high)])
@@ -148,20 +159,20 @@ def _row_label(case: CaseResult, cases: Sequence[CaseResult]) -> str:
     return " ".join(parts)
 
 
-def _present(cases: Sequence[CaseResult]) -> list[str]:
+def present(cases: Sequence[CaseResult]) -> list[str]:
     """Names of contenders with a measurement, in the order of columns."""
     found = {name for case in cases for name in case.measurements}
-    return [name for name in _COLOURS if name in found]
+    return [name for name in COLOURS if name in found]
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str], *, line: bool = False) -> None:
     lines = import_extra("matplotlib.lines", "bench")
     handles = [
-        lines.Line2D([], [], color=_COLOURS[n], marker="o", linestyle="", label=_TITLES[n])
+        lines.Line2D([], [], color=COLOURS[n], marker="o", linestyle="", label=TITLES[n])
         for n in names
     ]
     if line:
-        ours = lines.Line2D([], [], color=_COLOURS[OURS], linewidth=2, label="segpose_kernels")
+        ours = lines.Line2D([], [], color=COLOURS[OURS], linewidth=2, label="segpose_kernels")
         handles.insert(0, ours)
     figure.legend(handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2)
 
@@ -188,7 +199,7 @@ def roofline(cases: Sequence[CaseResult], limits: Limits) -> Draw:
                 assert case.ours is not None
                 ys["ours"] = case.flops / case.ours.time.value / 1e9
                 axes.plot([x, x], list(ys.values())[:2] * (2 // len(ys)), color=theme.rule, lw=0.8)
-                axes.plot(x, ys["ours"], "o", color=_COLOURS[OURS], markersize=4.5)
+                axes.plot(x, ys["ours"], "o", color=COLOURS[OURS], markersize=4.5)
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"{dtype}: at most {limits.peak(dtype) / 1e9:,.0f} GFLOP/s")
             axes.set_xlabel("operations a byte")
@@ -198,7 +209,7 @@ def roofline(cases: Sequence[CaseResult], limits: Limits) -> Draw:
         handles = [
             lines.Line2D([], [], color=colour, marker="o", linestyle="", label=label)
             for colour, label in (
-                (_COLOURS[OURS], "segpose_kernels"),
+                (COLOURS[OURS], "segpose_kernels"),
                 (theme.grey, "fastest peer"),
             )
         ]
@@ -230,91 +241,36 @@ def _roofs(
     axes.set_xlim(low, high)
 
 
-def scaling(
-    cases: Sequence[CaseResult], fewer_threads: Sequence[CaseResult], threads: tuple[int, int]
-) -> Draw:
-    """Time (above) and memory (below) of series of cases, a column a series.
-
-    Args:
-        cases: with a `sweep`, measured with all threads.
-        fewer_threads: the same with fewer; may be empty.
-        threads: of the two.
-    """
-    columns: dict[tuple[str, str], list[CaseResult]] = {}
-    for case in cases:
-        if case.sweep is not None:
-            columns.setdefault(_series(case), []).append(case)
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
-        for column, ((subject, quantity), series) in enumerate(columns.items()):
-            time, memory = panels[:, column]
-            few = [case for case in fewer_threads if _series(case) == (subject, quantity)]
-            _series_times(time, theme, series, few)
-            for name in _present(series):
-                points = [
-                    (case.sweep[1], case.measurements[name].peak_bytes)
-                    for case in series
-                    if case.sweep is not None and name in case.measurements
-                ]
-                known = [(x, peak / 2**20) for x, peak in points if peak]
-                if known:
-                    memory.plot(*zip(*known, strict=True), "o-", color=_COLOURS[name], ms=3, lw=1.2)
-            values = [case.sweep[1] for case in series if case.sweep is not None]
-            for axes in (time, memory):
-                axes.set(xscale="log", yscale="log")
-                axes.set_xticks(values, [str(value) for value in values])
-                axes.minorticks_off()
-                axes.grid(visible=True, linewidth=0.4)
-            time.set_title(f"{subject}: {quantity}")
-            memory.set_xlabel(quantity)
-        panels[0][0].set_ylabel("ms a call")
-        panels[1][0].set_ylabel("peak MiB (torch's allocator)")
-        _scaling_legend(figure, theme, _present(cases), threads if fewer_threads else None)
-
-    return draw
-
-
-def _series(case: CaseResult) -> tuple[str, str]:
-    assert case.sweep is not None
-    quantity = case.sweep[0]
-    return case.name.partition(f"-{quantity}-")[0], quantity
-
-
-def _series_times(
-    axes: Axes, theme: Theme, series: Sequence[CaseResult], few: Sequence[CaseResult]
-) -> None:
-    def points(cases: Sequence[CaseResult], name: str) -> list[tuple[int, float]]:
-        return [
-            (case.sweep[1], case.measurements[name].time.value * 1e3)
-            for case in cases
-            if case.sweep is not None and name in case.measurements
-        ]
-
-    for name in _present(series):
-        ours = name == OURS
-        xs, ys = zip(*points(series, name), strict=True)
-        axes.plot(xs, ys, "o-", color=_COLOURS[name], ms=3.5 if ours else 2.5, lw=2 if ours else 1)
-    if single := points(few, OURS):
-        axes.plot(*zip(*single, strict=True), "--", color=_COLOURS[OURS], lw=1.2)
-    floors = [(c.sweep[1], c.floor * 1e3) for c in series if c.sweep is not None and c.floor]
-    if floors:
-        axes.plot(*zip(*floors, strict=True), ":", color=theme.ink, lw=1.3)
-
-
-def _scaling_legend(
-    figure: Figure, theme: Theme, names: Sequence[str], threads: tuple[int, int] | None
-) -> None:
-    lines = import_extra("matplotlib.lines", "bench")
-    handles = [lines.Line2D([], [], color=_COLOURS[n], lw=2, label=_TITLES[n]) for n in names]
-    if threads is not None:
-        more, fewer = threads
-        label = f"segpose_kernels, {fewer} of {more} threads"
-        handles.append(lines.Line2D([], [], color=_COLOURS[OURS], ls="--", label=label))
-    handles.append(lines.Line2D([], [], color=theme.ink, ls=":", label="machine's limit, direct"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2)
-
-
 def rows_height(count: int) -> float:
     """Inches for `relative_times` of so many rows."""
     return 1.35 + 0.24 * count
+
+
+def gpu_roofs(
+    roofs: Sequence[tuple[str, float, float]], intensities: Sequence[float], title: str
+) -> Draw:
+    """What data sheets allow: a line a GPU, and on it the problems where they can be at best.
+
+    Args:
+        roofs: name, operations a second, bytes a second.
+        intensities: operations a byte of the problems.
+    """
+    colours = ("#8a6fd1", "#3b8fd9", "#2f9e8f", "#e4572e")
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        low, high = min(intensities) / 1.5, max(intensities) * 1.5
+        for (name, flops, bandwidth), colour in zip(roofs, colours, strict=True):
+            corners = [low, flops / bandwidth, max(high, flops / bandwidth)]
+            heights = [min(flops, bandwidth * x) / 1e12 for x in corners]
+            axes.plot(corners, heights, color=colour, linewidth=1.5, label=name)
+            points = [min(flops, bandwidth * x) / 1e12 for x in intensities]
+            axes.plot(intensities, points, "o", color=colour, markersize=3.5)
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xlim(low, high)
+        axes.set_xlabel("operations a byte")
+        axes.set_ylabel("TFLOP/s at most")
+        axes.grid(visible=True, linewidth=0.4)
+        figure.legend(loc="outside upper left", ncols=4)
+
+    return draw

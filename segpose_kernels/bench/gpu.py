@@ -20,12 +20,13 @@ import torch
 from ..testing.kernelbench import KERNELBENCH
 from ..testing.problems import CPM2DPOSE, SEGNET, TRANSPOSED
 from ..testing.spec import ConvSpec
+from . import charts
 from .cases import Case
-from .document import Block, Heading, Table, Text
+from .document import Block, Heading, Picture, Table, Text
 from .series import distinct, gpu_layers, gpu_models
 from .table import three_figures
 
-__all__ = ["GPUS", "Gpu", "floor_table", "gpu_cases", "kernel_facts", "static_page"]
+__all__ = ["GPUS", "ROOFS", "Gpu", "gpu_cases", "kernel_facts", "roofs", "static_page"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,26 @@ def gpu_cases() -> list[Case]:
     ]
 
 
+ROOFS = "gpu-roofs"
+"""Name of the picture in `static_page`."""
+
+
+def roofs() -> charts.Draw:
+    """The picture: float16 on the tensor cores of each GPU."""
+    half = torch.float16
+    return charts.gpu_roofs(
+        [(gpu.name, gpu.flops[half], gpu.bandwidth) for gpu in GPUS],
+        [spec.flops / spec.bytes(half) for spec in GPU_PROBLEMS],
+        "Data sheets, float16; each dot a problem (static)",
+    )
+
+
 def static_page() -> list[Block]:
-    """Kernel table and floors; every heading says that nothing in them was measured."""
-    return [
+    """Kernel table and floors; every heading says that nothing in them was measured.
+
+    It shows a picture called `ROOFS`, which `roofs` draws.
+    """
+    blocks: list[Block] = [
         Heading("GPU kernels: what is known without a GPU", 1),
         Text(
             "Nothing on this page was measured on a GPU unless its heading says so. Static figures "
@@ -91,15 +109,12 @@ def static_page() -> list[Block]:
             "or that moving each tensor once takes, whichever is longer; m marks the problems "
             "where memory decides. float32 stands for TF32. No kernel reaches them."
         ),
-        *(
-            block
-            for dtype in (torch.float16, torch.float32)
-            for block in (
-                Heading(f"{str(dtype).removeprefix('torch.')} (static)", 3),
-                floor_table(GPU_PROBLEMS, dtype),
-            )
-        ),
+        Picture(ROOFS, "Most operations a second that data sheets of four GPUs allow"),
     ]
+    for dtype in (torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        blocks += [Heading(f"{name} (static)", 3), floor_table(GPU_PROBLEMS, dtype)]
+    return blocks
 
 
 def floor_table(specs: Sequence[ConvSpec], dtype: torch.dtype) -> Table:

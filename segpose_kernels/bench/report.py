@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..testing.kernelbench import PUBLISHED_H100
-from . import charts
+from . import charts, gpu
 from .catalogue import GROUPS
+from .charts_scaling import scaling
 from .contenders import CONTENDERS
 from .document import Block, Heading, Picture, Table, Text, to_html, to_markdown
 from .limits import Limits
@@ -18,9 +19,10 @@ from .machine import describe
 from .results import CaseResult, Run, summarise
 from .table import format_ratio, format_seconds, reasons
 
-__all__ = ["splice", "write_report"]
+__all__ = ["splice", "write_gpu_page", "write_report"]
 
 _BEGIN, _END = "<!-- segpose bench: begin -->", "<!-- segpose bench: end -->"
+_ROOFS_HEIGHT = 3.8
 _TITLE = "Speed and memory beside the alternatives"
 _NAMES = tuple(dict.fromkeys(contender.name for contender in CONTENDERS))
 
@@ -43,14 +45,14 @@ class _Report:
 
 
 def write_report(
-    run: Run, folder: Path, *, fewer_threads: Run | None = None, more: Sequence[Block] = ()
+    run: Run, folder: Path, *, fewer_threads: Run | None = None, gpu_page: bool = False
 ) -> _Report:
     """Write `report.md`, `report.html` and `plots/` into `folder`, which is made if need be.
 
     Args:
         run: the results; losses and what was left out are reported like everything else.
         fewer_threads: the series of sweeps once more with fewer threads.
-        more: blocks to put at the end.
+        gpu_page: end with the static figures of the GPU kernels.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
@@ -64,15 +66,34 @@ def write_report(
                 *_group(report, name, cases),
             ]
     report.blocks += [*_losses(run), *_scaling(report), *_roofline(report), *_published(run)]
-    report.blocks += [*_method(run), *_left_out(run), *more]
-    plots = folder / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    for name, (height, draw) in report.plots.items():
-        charts.save(name, height, draw, plots)
-    (folder / "report.md").write_text(to_markdown(report.blocks), encoding="utf-8")
-    page = to_html(report.blocks, title=_TITLE, folder=plots)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    report.blocks += [*_method(run), *_left_out(run)]
+    if gpu_page:
+        report.blocks += gpu.static_page()
+        report.plots[gpu.ROOFS] = _ROOFS_HEIGHT, gpu.roofs()
+    _write(report.blocks, report.plots, folder, "report", _TITLE)
     return report
+
+
+def write_gpu_page(folder: Path) -> None:
+    """Write `gpu.md`, `gpu.html` and their plot into `folder`: static figures only."""
+    plots = {gpu.ROOFS: (_ROOFS_HEIGHT, gpu.roofs())}
+    _write(gpu.static_page(), plots, folder, "gpu", "GPU kernels")
+
+
+def _write(
+    blocks: Sequence[Block],
+    plots: Mapping[str, tuple[float, charts.Draw]],
+    folder: Path,
+    name: str,
+    title: str,
+) -> None:
+    pictures = folder / "plots"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for picture, (height, draw) in plots.items():
+        charts.save(picture, height, draw, pictures)
+    (folder / f"{name}.md").write_text(to_markdown(blocks), encoding="utf-8")
+    page = to_html(blocks, title=title, folder=pictures)
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
 
 
 def splice(report: _Report, readme: Path, folder: Path) -> None:
@@ -247,7 +268,7 @@ def _scaling(report: _Report) -> list[Block]:
         ("scaling-models", models, "Whole models"),
     ):
         if chosen:
-            draw = charts.scaling(chosen, few, threads)
+            draw = scaling(chosen, few, threads)
             alt = f"{words}: time and memory against size"
             blocks += [Text(f"{words}."), report.picture(name, alt, 5.4, draw)]
     if few:

@@ -22,11 +22,11 @@ from .arguments import parser
 from .cases import DTYPES, Case, Tier
 from .catalogue import CASES, select
 from .contenders import Contender, contenders_for
-from .document import to_html, to_markdown
+from .document import Picture, to_markdown
 from .goals import goal_cases, goals_table
 from .limits import measure_limits
 from .measure import Options, WrongResult, measure_case
-from .report import splice, write_report
+from .report import splice, write_gpu_page, write_report
 from .results import OURS, Run
 from .statistics import Estimate
 from .timing import Effort
@@ -79,17 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _static_gpu_page(arguments: argparse.Namespace) -> int:
     """Print the page, or write it to gpu.md and gpu.html; there is no GPU to add to it."""
-    blocks = gpu.static_page()
     print("no CUDA device here: the static GPU page", file=sys.stderr)
     if arguments.report is None:
-        print(to_markdown(blocks))
-        return 0
-    folder: Path = arguments.report
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.md").write_text(to_markdown(blocks), encoding="utf-8")
-    page = to_html(blocks, title="GPU kernels", folder=folder)
-    (folder / "gpu.html").write_text(page, encoding="utf-8")
-    print(f"report: {folder / 'gpu.html'}, {folder / 'gpu.md'}")
+        print(to_markdown([b for b in gpu.static_page() if not isinstance(b, Picture)]))
+    else:
+        write_gpu_page(arguments.report)
+        print(f"report: {arguments.report / 'gpu.html'}, {arguments.report / 'gpu.md'}")
     return 0
 
 
@@ -216,8 +211,7 @@ def _use(arguments: argparse.Namespace, runs: Sequence[Run]) -> int:
         print(f"\n{goals_table(run.cases, run.machine['isa'])}")
     if arguments.report is not None:
         fewer = runs[1] if len(runs) > 1 else None
-        more = gpu.static_page() if arguments.gpu else []
-        report = write_report(run, arguments.report, fewer_threads=fewer, more=more)
+        report = write_report(run, arguments.report, fewer_threads=fewer, gpu_page=arguments.gpu)
         run.save(arguments.report / "results.json")
         print(f"\nreport: {arguments.report / 'report.html'}, {arguments.report / 'report.md'}")
         if arguments.readme is not None:
