@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # What the libraries compared warn about is not ours to mend.
     config.addinivalue_line("filterwarnings", "ignore")
     quieten()
-    threads = config.getoption("--threads") or machine.available_cores()
+    threads = config.getoption("--threads")
+    threads = machine.available_cores() if threads is None else threads
     try:
         machine.confine(threads)
     except ValueError as error:

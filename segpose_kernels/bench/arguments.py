@@ -122,6 +122,12 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
         help="with --report: put its short form between the marks in FILE",
     )
     group.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="print beside it the ratios of another run, stored in FILE",
+    )
+    group.add_argument(
         "--goals",
         action="store_true",
         help="measure what this package sets itself goals for, and print them beside it",

@@ -41,7 +41,8 @@ class Limits:
     source: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data, as JSON gives it back."""
+        return asdict(self) | {"bandwidth": [list(point) for point in self.bandwidth]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Limits:

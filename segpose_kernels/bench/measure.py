@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,28 +88,30 @@ def measure_case(case: Case, options: Options) -> CaseResult:
     """
     reference, origin = _reference(case, options.device)
     ready: dict[str, Prepared] = {}
-    errors: dict[str, float] = {}
+    about: dict[str, tuple[float, float]] = {}
     absent: dict[str, str] = {}
     for contender in options.contenders:
         if case.contenders and contender.name not in case.contenders:
             continue
+        start = time.perf_counter()
         try:
             prepared = contender.prepare(case, options.device, options.threads)
-            errors[contender.name] = _check(case, prepared, reference, options.device)
+            error = _check(case, prepared, reference, options.device)
+            about[contender.name] = error, time.perf_counter() - start
         except Unavailable as reason:
             absent[contender.name] = str(reason)
         except WrongResult as wrong:
             if contender.ours:
                 raise WrongResult(f"{contender.name} on {case}: {wrong}") from None
             absent[contender.name] = f"wrong result: {wrong}"
-        except Exception as error:  # a peer's failure is a finding about the peer
+        except Exception as failure:  # a peer's failure is a finding about the peer
             if contender.ours:
                 raise
-            absent[contender.name] = f"{type(error).__name__}: {_first_line(error)}"
+            absent[contender.name] = f"{type(failure).__name__}: {_first_line(failure)}"
         else:
             ready[contender.name] = prepared
     del reference
-    measurements = _timed(options, ready, errors)
+    measurements = _timed(options, ready, about)
     case.forget()
     floor = None
     if options.limits is not None:
@@ -151,7 +154,9 @@ def _check(case: Case, prepared: Prepared, reference: Mapping[str, Tensor], devi
 
 
 def _timed(
-    options: Options, ready: Mapping[str, Prepared], errors: Mapping[str, float]
+    options: Options,
+    ready: Mapping[str, Prepared],
+    about: Mapping[str, tuple[float, float]],  # error, seconds until ready
 ) -> list[Measurement]:
     ours = {c.name for c in options.contenders if c.ours}
 
@@ -172,7 +177,7 @@ def _timed(
             name in ours,
             samples[name].seconds,
             samples[name].calls,
-            errors[name],
+            *about[name],
             _peak(prepared.memory_call, options) if options.memory else None,
         )
         for name, prepared in ready.items()

@@ -31,6 +31,7 @@ class Measurement:
             Those far behind take part in the first rounds only.
         calls: calls that a sample is the mean of.
         error: largest relative L2 error over all results, against the reference.
+        ready_seconds: what it took to build, convert, compile or pack, up to the first result.
         peak_bytes: most memory that a call holds beyond model, gradients of parameters and input,
             as torch's allocator sees it; None where the contender has an allocator of its own.
     """
@@ -40,6 +41,7 @@ class Measurement:
     samples: list[float]
     calls: int
     error: float
+    ready_seconds: float
     peak_bytes: int | None = None
 
     @property

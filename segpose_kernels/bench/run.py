@@ -21,6 +21,7 @@ from . import gate, gpu, machine, table
 from .arguments import parser
 from .cases import DTYPES, Case, Tier
 from .catalogue import CASES, select
+from .compare import comparison
 from .contenders import Contender, contenders_for
 from .document import Picture, to_markdown
 from .goals import goal_cases, goals_table
@@ -103,7 +104,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _options(arguments: argparse.Namespace, device: str) -> Options:
-    threads = arguments.threads or machine.available_cores()
+    threads = machine.available_cores() if arguments.threads is None else arguments.threads
     try:
         machine.confine(threads)
     except ValueError as error:
@@ -207,6 +208,8 @@ def _use(arguments: argparse.Namespace, runs: Sequence[Run]) -> int:
     run = runs[0]
     if arguments.json is not None:
         run.save(arguments.json)
+    if arguments.compare is not None:
+        print(f"\n{comparison(run, _load(arguments.compare))}")
     if arguments.goals:
         print(f"\n{goals_table(run.cases, run.machine['isa'])}")
     if arguments.report is not None:

@@ -97,7 +97,7 @@ def summary(cases: Sequence[CaseResult]) -> str:
 
 def details(result: CaseResult) -> str:
     """One case, a row a contender."""
-    header = ["contender", "ms", "spread", "GFLOP/s", "ours is", "peak MiB", "error"]
+    header = ["contender", "ms", "spread", "GFLOP/s", "ours is", "peak MiB", "ready s", "error"]
     if result.floor is not None:
         header.insert(4, "of limit")
     rows = []
@@ -110,6 +110,7 @@ def details(result: CaseResult) -> str:
             three_figures(result.flops / time.value / 1e9),
             "" if measured.ours else _ours_is(result, measured),
             "-" if measured.peak_bytes is None else three_figures(measured.peak_bytes / 2**20),
+            three_figures(measured.ready_seconds),
             f"{measured.error:.0e}",
         ]
         if result.floor is not None:

@@ -169,6 +169,8 @@ def take_turns(
     Returns:
         Samples by contender, of all rounds or, for those far behind, of the first three.
     """
+    if not calls:
+        return {}
     repeats = {name: _repeats(call, clock, effort) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
