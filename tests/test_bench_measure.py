@@ -218,6 +218,29 @@ def test_the_compiled_contender() -> None:
         assert found.absent == {}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_openvino_keeps_float32() -> None:
+    """Left to itself it takes bfloat16 for layers large enough, where the processor has it."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    (openvino,) = (c for c in contenders_for("cpu") if c.name == "openvino")
+    spec = ConvSpec("conv", "conv2d", 1, 64, 64, 24, 24, (3, 3), padding=(1, 1))
+    found = measure_case(small_case(spec), Options([openvino], effort=QUICK))
+    assert found.measurements["openvino"].error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["segpose", "segpose-nchw", "eager", "eager-cl"])
+def test_a_training_step_begins_without_gradients(name: str) -> None:
+    (chosen,) = (c for c in contenders_for("cpu") if c.name == name)
+    case = small_case(mode="training")
+    expected = right(case)
+    prepared = chosen.prepare(case, "cpu", 1)
+    prepared.call()
+    prepared.call()
+    for key, value in prepared.results().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+
+
 def test_low_precision_is_asked_for() -> None:
     case = small_case(dtype=torch.bfloat16)
     names = ("segpose", "eager", "mkldnn", "openvino", "onnxruntime")
