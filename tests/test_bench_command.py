@@ -11,15 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_helpers import result, run_of
+from made_up_results import result, run_of
 
 from segpose_kernels.__main__ import main
 from segpose_kernels.bench import gate
 from segpose_kernels.bench.catalogue import CASES
 from segpose_kernels.bench.results import Run
+from segpose_kernels.info import collect
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--only", "segnet-decoder2", "--dtype", "float32", "--mode", "inference", "--threads", "1")
+
+
+def isas() -> list[str]:
+    """Instruction sets that the package can be held to; none where it was not built."""
+    return list(collect()["cpu"]["isas"])
 
 
 def exit_code(*arguments: str) -> int:
@@ -115,6 +121,20 @@ def test_a_measurement_from_start_to_end(tmp_path: Path) -> None:
     assert case.measurements.keys() == {"segpose", "eager", "eager-cl"}
     assert len(case.measurements["segpose"].samples) >= 3
     assert all(1e-6 < sample < 1 for sample in case.measurements["segpose"].samples)
+
+
+@pytest.mark.skipif("avx2" not in isas(), reason="no AVX2")
+def test_everyone_is_held_to_an_instruction_set(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    options = ("--contenders", "eager,jax,onnxruntime", "--seconds", "0.1", "--json", str(path))
+    done = command(*TINY, *options, "--isa", "avx2")
+    assert done.returncode == 0, done.stderr
+    run = Run.load(path)
+    assert run.machine["isa"] == "avx2"
+    assert run.cases[0].measurements.keys() == {"segpose", "eager"}
+    assert run.limits is not None
+    assert "avx2" in run.limits["source"]
+    assert "512" not in run.limits["source"]
 
 
 def test_stored_results_are_printed_and_reported(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_helpers import LIMITS, SMALL, small_case
+from made_up_results import LIMITS, SMALL, small_case
 from torch import Tensor
 
 from segpose_kernels.bench import subjects

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bench_helpers import measurement, result, run_of
+from made_up_results import measurement, result, run_of
 
 from segpose_kernels.bench import compare, document, gate, goals, gpu, report, table
 from segpose_kernels.bench.catalogue import CASES

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from bench_helpers import LIMITS
+from made_up_results import LIMITS
 
 from segpose_kernels.bench import limits
 from segpose_kernels.bench.statistics import geometric_mean, median_of, paired_ratio

@@ -10,6 +10,7 @@ from ..cli import LineParser
 from .cases import DTYPES
 from .catalogue import GROUPS
 from .contenders import CONTENDERS
+from .machine import HELD_TO
 
 __all__ = ["DEFAULT_REPORT", "parser"]
 
@@ -90,6 +91,12 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--contenders",
         metavar="NAMES",
         help="only these, separated by commas; this package always takes part",
+    )
+    group.add_argument(
+        "--isa",
+        metavar="ISA",
+        choices=list(HELD_TO),
+        help="hold everyone to avx2, as if the machine had no more; who cannot be held is left out",
     )
     group.add_argument("--seconds", type=float, metavar="S", help="measure each case this long")
     group.add_argument(

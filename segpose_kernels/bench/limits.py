@@ -24,6 +24,9 @@ __all__ = ["Limits", "measure_limits"]
 _COPY_BYTES = tuple(2**power for power in range(18, 29, 2))
 _SMALLEST_BANDWIDTH_CALL = 1e-3
 
+# Units that a process held to an instruction set has; all of them where it is not named here.
+_UNITS: dict[str, tuple[str, ...]] = {"generic": ("vector",), "avx2": ("vector", "avx2")}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -74,11 +77,14 @@ class Limits:
         )
 
 
-def measure_limits(device: str, threads: int, *, seconds: float = 0.2) -> Limits | None:
+def measure_limits(
+    device: str, threads: int, *, isa: str | None = None, seconds: float = 0.2
+) -> Limits | None:
     """Limits of the CPU with so many threads, or of the GPU; None if the package was not built.
 
     On CPU arithmetic is counted in registers by `_limits`, on every thread at once; bandwidth is
-    that of torch's copy. On GPU arithmetic is the best of torch's matrix products.
+    that of torch's copy. On GPU arithmetic is the best of torch's matrix products. With `isa`
+    "avx2" or "generic" the units of newer instruction sets do not count.
     """
     if device == "cuda":
         return _cuda_limits(seconds)
@@ -89,6 +95,8 @@ def measure_limits(device: str, threads: int, *, seconds: float = 0.2) -> Limits
     best: dict[str, float] = {}
     units = {}
     for unit, dtype in native.units():
+        if unit not in _UNITS.get(isa or "", (unit,)):
+            continue
         with ThreadPoolExecutor(threads) as pool:
             jobs = [pool.submit(native.flops_per_second, unit, seconds) for _ in range(threads)]
             together = sum(job.result() for job in jobs)

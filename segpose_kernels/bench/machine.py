@@ -17,9 +17,24 @@ import torch
 
 from ..info import collect
 
-__all__ = ["available_cores", "confine", "describe", "facts"]
+__all__ = ["HELD_TO", "available_cores", "confine", "describe", "facts"]
 
 _PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "jax", "onnx", "nvidia-cudnn-frontend")
+
+
+HELD_TO = {
+    "avx2": {
+        "SEGPOSE_CPU_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    }
+}
+"""Environment that holds this package, oneDNN (torch's and OpenVINO's) and torch's own kernels to
+an instruction set, as if the machine had no newer one. It has to be set before they load.
+"""
+
+NOT_HELD = ("onnxruntime", "jax")
+"""Contenders that no setting holds to an instruction set."""
 
 
 def available_cores() -> int:

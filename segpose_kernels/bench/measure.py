@@ -86,6 +86,13 @@ def measure_case(case: Case, options: Options) -> CaseResult:
     Raises:
         WrongResult: if this package's own result is wrong.
     """
+    try:
+        return _measure(case, options)
+    finally:
+        case.forget()
+
+
+def _measure(case: Case, options: Options) -> CaseResult:
     reference, origin = _reference(case, options.device)
     ready: dict[str, Prepared] = {}
     about: dict[str, tuple[float, float]] = {}
@@ -112,7 +119,6 @@ def measure_case(case: Case, options: Options) -> CaseResult:
             ready[contender.name] = prepared
     del reference
     measurements = _timed(options, ready, about)
-    case.forget()
     floor = None
     if options.limits is not None:
         floor = options.limits.floor(dtype_name(case.dtype), case.flops, case.bytes)

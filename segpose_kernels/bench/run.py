@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..cli import UsageError
+from ..info import collect
 from . import gate, gpu, machine, table
 from .arguments import parser
 from .cases import DTYPES, Case, Tier
@@ -34,7 +35,7 @@ from .timing import Effort
 
 __all__ = ["FULL", "QUICK", "main", "quieten", "run_cases"]
 
-FULL = Effort()
+FULL = Effort(seconds=3.0)
 QUICK = Effort(seconds=2.0, least_rounds=5, most_rounds=25, precise_enough=0.04)
 
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.readme is not None and arguments.report is None:
         raise UsageError("--readme needs --report DIR, where the full report and the plots go")
+    if arguments.isa is not None and not _held_to(arguments.isa):
+        return _run_again(machine.HELD_TO[arguments.isa], sys.argv[2:] if argv is None else argv)
     device = "cuda" if arguments.gpu and torch.cuda.is_available() else "cpu"
     if arguments.gpu and device == "cpu":
         return _static_gpu_page(arguments)
@@ -76,6 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.report is not None and swept and options.threads > 1:
             runs += _sweeps_with_one_thread(arguments)
     return max(code, _use(arguments, runs))
+
+
+def _held_to(isa: str) -> bool:
+    return all(os.environ.get(name) == value for name, value in machine.HELD_TO[isa].items())
+
+
+def _run_again(environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """The same command in a process with an environment that has to be there from its start."""
+    command = [sys.executable, "-m", "segpose_kernels", "bench", *arguments]
+    return subprocess.run(command, env=os.environ | environment, check=False).returncode
 
 
 def _static_gpu_page(arguments: argparse.Namespace) -> int:
@@ -114,6 +127,8 @@ def _options(arguments: argparse.Namespace, device: str) -> Options:
         least = effort.least_rounds
         effort = Effort(arguments.seconds, least, most_rounds=1000, precise_enough=0.0)
     contenders = _chosen(arguments.contenders, device)
+    if arguments.isa is not None:
+        contenders = [c for c in contenders if c.name not in machine.NOT_HELD]
     if arguments.gate or arguments.store_ratios:
         contenders = gate.contenders_of_gate(contenders)
     return Options(
@@ -122,7 +137,7 @@ def _options(arguments: argparse.Namespace, device: str) -> Options:
         threads=threads,
         effort=effort,
         evict=arguments.evict * 2**20,
-        limits=measure_limits(device, threads),
+        limits=measure_limits(device, threads, isa=collect()["cpu"]["isa"]),
     )
 
 
@@ -194,10 +209,10 @@ def _sweeps_with_one_thread(arguments: argparse.Namespace) -> list[Run]:
         path = Path(folder) / "sweeps.json"
         command = [sys.executable, "-m", "segpose_kernels", "bench", "--only", "scaling"]
         command += ["--threads", "1", "--json", str(path)]
-        if arguments.contenders is not None:
-            command += ["--contenders", arguments.contenders]
-        if arguments.seconds is not None:
-            command += ["--seconds", str(arguments.seconds)]
+        for option in ("contenders", "seconds", "isa", "evict"):
+            value = getattr(arguments, option)
+            if value is not None:
+                command += [f"--{option}", str(value)]
         if subprocess.run(command, check=False).returncode:
             return []
         return [Run.load(path)]
