@@ -14,7 +14,8 @@ import pytest
 from made_up_results import result, run_of
 
 from segpose_kernels.__main__ import main
-from segpose_kernels.bench import gate
+from segpose_kernels.bench import gate, run
+from segpose_kernels.bench.arguments import parser
 from segpose_kernels.bench.catalogue import CASES
 from segpose_kernels.bench.results import Run
 from segpose_kernels.info import collect
@@ -114,10 +115,10 @@ def test_a_measurement_from_start_to_end(tmp_path: Path) -> None:
     assert done.stderr == ""
     for words in ("segnet-decoder2", "geometric mean", "1 cases in", "peak MiB"):
         assert words in done.stdout
-    run = Run.load(path)
-    assert run.machine["threads"] == 1
-    assert "--only segnet-decoder2" in run.machine["command"]
-    (case,) = run.cases
+    found = Run.load(path)
+    assert found.machine["threads"] == 1
+    assert "--only segnet-decoder2" in found.machine["command"]
+    (case,) = found.cases
     assert case.measurements.keys() == {"segpose", "eager", "eager-cl"}
     assert len(case.measurements["segpose"].samples) >= 3
     assert all(1e-6 < sample < 1 for sample in case.measurements["segpose"].samples)
@@ -129,12 +130,12 @@ def test_everyone_is_held_to_an_instruction_set(tmp_path: Path) -> None:
     options = ("--contenders", "eager,jax,onnxruntime", "--seconds", "0.1", "--json", str(path))
     done = command(*TINY, *options, "--isa", "avx2")
     assert done.returncode == 0, done.stderr
-    run = Run.load(path)
-    assert run.machine["isa"] == "avx2"
-    assert run.cases[0].measurements.keys() == {"segpose", "eager"}
-    assert run.limits is not None
-    assert "avx2" in run.limits["source"]
-    assert "512" not in run.limits["source"]
+    found = Run.load(path)
+    assert found.machine["isa"] == "avx2"
+    assert found.cases[0].measurements.keys() == {"segpose", "eager"}
+    assert found.limits is not None
+    assert "avx2" in found.limits["source"]
+    assert "512" not in found.limits["source"]
 
 
 def test_stored_results_are_printed_and_reported(
@@ -172,6 +173,26 @@ def test_the_gate(
     printed = capsys.readouterr().out
     assert "1 cases compared: 1 slower than before" in printed
     assert "fast float32 inference: 1.50x torch eager, was 3.00x, 50% lost" in printed
+
+
+def test_sweeps_with_one_thread_run_in_a_process_of_their_own(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def child(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        Path(command[command.index("--json") + 1]).write_text(stored.read_text())
+        return subprocess.CompletedProcess(command, len(commands) - 1)
+
+    monkeypatch.setattr(run.subprocess, "run", child)
+    arguments = parser().parse_args(["--report", "--contenders", "eager", "--evict", "3"])
+    assert run._sweeps_with_one_thread(arguments) == [Run.load(stored)]
+    text = " ".join(commands[0])
+    assert "bench --only scaling --threads 1 --json" in text
+    assert text.endswith("--contenders eager --evict 3")
+    assert run._sweeps_with_one_thread(arguments) == []  # the child failed, and said why
+    assert "the sweeps with one thread" in capsys.readouterr().out
 
 
 def test_the_gpu_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,6 +252,18 @@ def test_low_precision_is_asked_for() -> None:
     assert "bfloat16" in found.absent.get("onnxruntime", "bfloat16")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("peer", contenders_for("cuda"), ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore")
+def test_every_contender_on_a_gpu(peer: Contender, dtype: torch.dtype) -> None:
+    for spec in (SMALL, replace(by_name("cpm-conv5_2"), activation="relu")):
+        for mode in ("inference", "training"):
+            case = small_case(spec, mode, dtype)
+            found = measure_case(case, Options([peer], device="cuda", effort=QUICK))
+            assert "wrong result" not in found.absent.get(peer.name, "")
+
+
 def test_contenders_are_told_apart() -> None:
     for device in ("cpu", "cuda"):
         names = [c.name for c in contenders_for(device)]

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from made_up_results import LIMITS
 
 from segpose_kernels.bench import limits
 from segpose_kernels.bench.statistics import geometric_mean, median_of, paired_ratio
-from segpose_kernels.bench.timing import CpuClock, Effort, Samples, take_turns
+from segpose_kernels.bench.timing import CpuClock, CudaClock, Effort, Samples, take_turns
 
 FIVE_ROUNDS = Effort(seconds=60.0, least_rounds=5, most_rounds=5)
 
@@ -116,6 +117,38 @@ def test_the_cpu_clock_tells_the_mean_of_calls() -> None:
     assert clock.time(lambda: time.sleep(0.01), 3) == pytest.approx(0.01, rel=0.5)
     evicting = CpuClock(evict=2**20)
     assert evicting.time(lambda: time.sleep(0.01), 3) == pytest.approx(0.01, rel=0.5)
+
+
+class FakeEvent:
+    """A CUDA event on a clock that `work` winds, in milliseconds."""
+
+    clock = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+def test_the_cuda_clock_leaves_out_what_clears_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    log: list[str] = []
+
+    def work(name: str, milliseconds: float) -> None:
+        log.append(name)
+        FakeEvent.clock += milliseconds
+
+    clock = object.__new__(CudaClock)
+    clock._other = SimpleNamespace(zero_=lambda: work("clear", 100.0))  # type: ignore[assignment]
+    clock.settle()
+    assert clock.time(lambda: work("call", 3.0), 2) == pytest.approx(3e-3)
+    assert log == ["clear", "call", "clear", "call"]
 
 
 def test_settling_waits_for_a_spinning_thread_but_not_for_ever() -> None:

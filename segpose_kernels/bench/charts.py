@@ -203,6 +203,7 @@ def roofline(cases: Sequence[CaseResult], limits: Limits) -> Draw:
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"{dtype}: at most {limits.peak(dtype) / 1e9:,.0f} GFLOP/s")
             axes.set_xlabel("operations a byte")
+            axes.tick_params(which="minor", labelbottom=False, labelleft=False)
             axes.grid(visible=True, linewidth=0.4)
         panels[0].set_ylabel("GFLOP/s, direct definition")
         lines = import_extra("matplotlib.lines", "bench")
@@ -233,10 +234,11 @@ def _roofs(
         axes.annotate(
             f"{slope:.0f} GB/s",
             (low, slope * low),
-            xytext=(3, 14),
+            xytext=(12, -2),
             textcoords="offset points",
             fontsize=8,
             color=theme.grey,
+            va="top",
         )
     axes.set_xlim(low, high)
 
