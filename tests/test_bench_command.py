@@ -68,6 +68,8 @@ def stored(tmp_path: Path) -> Path:
         (("--only", "nothing-like-it"), "no case matches; 'segpose bench --list' shows all"),
         (("--threads", "0"), "--threads: asked for 0 threads"),
         (("--threads", "100000"), "--threads: asked for 100000 threads, this process has"),
+        (("--seconds", "0"), "--seconds must be above 0, got 0.0"),
+        (("--evict", "-1"), "--evict must not be negative, got -1"),
         (("--from", "not-there.json"), "cannot read not-there.json: No such file"),
         (("--from", "pyproject.toml"), "holds no results of segpose bench"),
         (("--readme", "README.md"), "--readme needs --report DIR"),

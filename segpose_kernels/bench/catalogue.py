@@ -20,7 +20,7 @@ GROUPS = {
     "networks": "more transposed convolutions",
     "cpm-layers": "layers of CPM2DPose, 256x256",
     "segnet-layers": "layers of SegNet, batch 64",
-    "kernelbench": "2-D convolutions of KernelBench, cut to the size of a CPU",
+    "kernelbench": "2-D convolutions of KernelBench",
     "scaling": "time and memory against batch, resolution and channels",
 }
 """Group names, and what they hold."""

@@ -115,6 +115,10 @@ def _times(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
+# Times further apart than this stand at the edge, as arrows.
+_FARTHEST = 30.0
+
+
 def relative_times(cases: Sequence[CaseResult]) -> Draw:
     """Everyone's time over this package's, a row a case; left of the line is faster than it."""
     shown = [case for case in cases if case.ours is not None]
@@ -130,10 +134,10 @@ def relative_times(cases: Sequence[CaseResult]) -> Draw:
                 if name == OURS:
                     continue
                 relative = measured.time.value / case.ours.time.value
-                low, high = min(low, relative / 1.1), max(high, relative * 1.1)
-                axes.plot(relative, row, "o", color=COLOURS[name], markersize=6, alpha=0.95)
-        low = max(low, 1 / 30)
-        high = min(high, 30.0)
+                at = min(max(relative, 1 / _FARTHEST), _FARTHEST)
+                low, high = min(low, at / 1.1), max(high, at * 1.1)
+                marker = "o" if at == relative else "<" if relative < 1 else ">"
+                axes.plot(at, row, marker, color=COLOURS[name], markersize=6, alpha=0.95)
         axes.axvline(1, color=COLOURS[OURS], linewidth=2, zorder=1)
         axes.set_xscale("log")
         axes.set_xlim(low, high)

@@ -336,8 +336,9 @@ def _published(run: Run) -> list[Block]:
     return [
         Heading("What KernelBench published for an H100"),
         Text(
-            "Not measured here, and not comparable with the tables above: full-size problems, "
-            "float32 with TF32, torch 2.5.0, mean milliseconds, from the benchmark's repository."
+            "Not measured here, and not to be compared with the tables above: another machine, "
+            "problems at full size, float32 with TF32, torch 2.5.0; mean milliseconds, from the "
+            "benchmark's repository."
         ),
         Table(("problem", "computes", "torch eager ms", "torch.compile ms"), rows, labels=2),
     ]

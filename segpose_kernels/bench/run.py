@@ -117,6 +117,10 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _options(arguments: argparse.Namespace, device: str) -> Options:
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise UsageError(f"--seconds must be above 0, got {arguments.seconds}")
+    if arguments.evict < 0:
+        raise UsageError(f"--evict must not be negative, got {arguments.evict}")
     threads = machine.available_cores() if arguments.threads is None else arguments.threads
     try:
         machine.confine(threads)
