@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -71,7 +70,8 @@ def _nhwc(tensor: Tensor) -> Tensor:
 
 
 def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=np.float32))
+    numpy = require("numpy")  # JAX brings it
+    return torch.from_numpy(numpy.array(array, dtype=numpy.float32))
 
 
 def _nchw(array: Any) -> Tensor:
