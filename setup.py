@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Builds the kernels: `_C` (torch ops on the LibTorch stable ABI), `_C_cuda` (their CUDA kernels,
-where nvcc and a CUDA build of torch are) and `_plan` (host-only bindings).
+where nvcc and a CUDA build of torch are), `_plan` (host-only bindings) and `_limits` (what the
+machine computes at most).
 
 Environment:
     SEGPOSE_CUDA=0|1       without the CUDA kernels, or fail when they cannot be built; by default
@@ -199,9 +200,17 @@ def extensions() -> list[Extension]:
         extra_compile_args={"cxx": compile_flags()},
         extra_link_args=link_flags(),
     )
-    # Nothing of torch is used here: plain includes and libraries keep it so.
-    plan.include_dirs, plan.libraries, plan.library_dirs = [get_include()], [], []
-    found = [kernels, plan]
+    limits = CppExtension(
+        "segpose_kernels._limits",
+        ["csrc/bench/limits.cpp"],
+        include_dirs=[get_include()],
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    for module in (plan, limits):
+        # Nothing of torch is used here: plain includes and libraries keep it so.
+        module.include_dirs, module.libraries, module.library_dirs = [get_include()], [], []
+    found = [kernels, plan, limits]
     if CUDA_HOME is not None and NO_CUDA_REASON is None:
         found.append(cuda_extension(CUDA_HOME))
     return found

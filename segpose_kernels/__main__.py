@@ -25,6 +25,7 @@ class Command:
 
 
 COMMANDS = {
+    "bench": Command("speed and memory beside every alternative on this machine", ".bench.run"),
     "demo": Command("the main job on real images, with pictures and timings", ".demo.run"),
     "info": Command("versions, instruction sets, and which backends run here", ".info"),
     "kernels": Command(

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole models, in inference and in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from replay import REPLAY, replayed
+from tables import each_case
+
+from segpose_kernels.bench.results import Measurement
+
+
+@replayed
+@each_case("models")
+def bench_models(measurement: Measurement, benchmark: Any) -> None:
+    benchmark.pedantic(REPLAY.next_call, rounds=len(measurement.samples))

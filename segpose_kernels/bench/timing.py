@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How things are timed: in turns, in one process, each after a pause and a call that is not timed.
+
+Turns, because a neighbour's load on the machine then falls on all alike, and a ratio is taken
+between calls that lie close together. A pause, because thread pools (OpenMP's, and those of the
+runtimes compared) spin for some milliseconds after their work and would take a core from whoever is
+next. An untimed call, because threads have to wake up, and so that each finds its own data in the
+caches rather than the data of the one before.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+__all__ = ["Clock", "CpuClock", "Effort", "Samples", "clock_for", "take_turns"]
+
+Call = Callable[[], object]
+
+# Below this share of a core the process counts as idle.
+_IDLE_SHARE = 0.1
+_IDLE_STEP = 0.002
+_LONGEST_PAUSE = 0.06
+
+# Rounds that everyone takes part in; then those this many times slower than the fastest drop out,
+# unless their calls are so short that it does not matter.
+_FEWEST_ROUNDS = 3
+_FAR_BEHIND = 3.0
+_SHORT = 0.01
+
+# Seconds above which a call needs no untimed one before it.
+_LONG = 0.25
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one case.
+
+    Attributes:
+        seconds: stop after these, once `least_rounds` are done; after four times as long, three
+            rounds are enough.
+        least_rounds, most_rounds: rounds in which every contender has one turn.
+        sample_seconds: a turn repeats the call for about this long and gives the mean.
+        precise_enough: stop early once `interval` of the caller is narrower than this.
+    """
+
+    seconds: float = 4.0
+    least_rounds: int = 7
+    most_rounds: int = 60
+    sample_seconds: float = 0.01
+    precise_enough: float = 0.02
+
+    def over(self, rounds: int, elapsed: float) -> bool:
+        """Whether time is up."""
+        if rounds >= self.most_rounds:
+            return True
+        least = self.least_rounds if elapsed < 4 * self.seconds else _FEWEST_ROUNDS
+        return rounds >= least and elapsed >= self.seconds
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds a call of one contender, round by round; each is the mean of `calls` calls."""
+
+    seconds: list[float]
+    calls: int
+
+
+class Clock(Protocol):
+    """Times calls on one kind of device."""
+
+    def settle(self) -> None:
+        """Wait until nothing of an earlier call is running."""
+
+    def time(self, call: Call, calls: int) -> float:
+        """Mean seconds of `calls` calls."""
+
+
+class CpuClock:
+    """Wall time. `evict` bytes of other memory are touched before each call (0: caches stay warm).
+
+    With `evict` each call is timed by itself.
+    """
+
+    def __init__(self, evict: int = 0) -> None:
+        self._other = torch.zeros(evict // 4) if evict else None
+
+    def settle(self) -> None:
+        """Sleep until the threads of this process have stopped spinning, 60 ms at most."""
+        end = time.perf_counter() + _LONGEST_PAUSE
+        while time.perf_counter() < end:
+            before = time.process_time()
+            time.sleep(_IDLE_STEP)
+            if time.process_time() - before < _IDLE_SHARE * _IDLE_STEP:
+                return
+
+    def time(self, call: Call, calls: int) -> float:
+        if self._other is None:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls
+        total = 0.0
+        for _ in range(calls):
+            self._other.add_(1.0)
+            start = time.perf_counter()
+            call()
+            total += time.perf_counter() - start
+        return total / calls
+
+
+class CudaClock:
+    """CUDA events around each call, the L2 cache overwritten in between, as Triton's do_bench does.
+
+    The overwriting kernel is queued before the first event, so that the call is enqueued while the
+    device is still busy: what is timed is the device, not the launch, unless launching takes longer
+    than overwriting.
+    """
+
+    _FLUSH_BYTES = 512 * 2**20  # several times the largest L2 so far
+
+    def __init__(self) -> None:
+        self._other = torch.empty(self._FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+
+    def time(self, call: Call, calls: int) -> float:
+        event = functools.partial(torch.cuda.Event, enable_timing=True)
+        events = [(event(), event()) for _ in range(calls)]
+        for start, end in events:
+            self._other.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        milliseconds = sum(float(start.elapsed_time(end)) for start, end in events)
+        return milliseconds / 1e3 / calls
+
+
+def clock_for(device: str, *, evict: int = 0) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock(evict)
+
+
+def take_turns(
+    calls: Mapping[str, Call],
+    clock: Clock,
+    effort: Effort,
+    *,
+    keep: Collection[str] = (),
+    interval: Callable[[Mapping[str, list[float]]], float] = lambda seconds: math.inf,
+) -> dict[str, Samples]:
+    """Time the contenders in turns.
+
+    Args:
+        calls: by contender; each has been called before (compiled, packed, allocated).
+        keep: contenders that take part in every round, however slow.
+        interval: width, relative to its value, of the interval around what the caller is after;
+            measuring ends when it is below `effort.precise_enough`.
+
+    Returns:
+        Samples by contender, of all rounds or, for those far behind, of the first three.
+    """
+    if not calls:
+        return {}
+    repeats = {name: _repeats(call, clock, effort) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in itertools.count():
+            if effort.over(done, time.perf_counter() - start):
+                break
+            if done >= effort.least_rounds and interval(seconds) < effort.precise_enough:
+                break
+            if done == _FEWEST_ROUNDS:
+                names = [name for name in names if name in keep or _in_reach(name, seconds)]
+            # Another goes first in each round, so that none is always the one after the slowest.
+            turn = done % len(names)
+            for name in names[turn:] + names[:turn]:
+                clock.settle()
+                count, warm = repeats[name]
+                if warm:
+                    calls[name]()
+                seconds[name].append(clock.time(calls[name], count))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Samples(values, repeats[name][0]) for name, values in seconds.items()}
+
+
+def _in_reach(name: str, seconds: Mapping[str, list[float]]) -> bool:
+    fastest = min(min(values) for values in seconds.values())
+    return min(seconds[name]) <= max(_SHORT, _FAR_BEHIND * fastest)
+
+
+def _repeats(call: Call, clock: Clock, effort: Effort) -> tuple[int, bool]:
+    """Calls a sample, and whether an untimed one goes before: not where one call takes long."""
+    clock.settle()
+    once = clock.time(call, 1)
+    if once < _LONG:
+        once = max(clock.time(call, 1), 1e-7)
+    return max(1, min(10_000, round(effort.sample_seconds / once))), once < _LONG
