@@ -118,6 +118,8 @@ def compile_flags() -> list[str]:
     flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
     # Vectors are passed between inlined functions only, so their ABI does not matter.
     flags.append("-Wno-psabi")
+    # GCC 12 warns of its own AVX-512 intrinsics, whose undefined operands are meant to be.
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     if flag("SEGPOSE_WERROR"):
         # A directory that is also a system one loses its -I: torch's warnings are not ours.
         system = [*include_paths(), get_include()]

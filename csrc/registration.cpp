@@ -27,9 +27,10 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "conv_act_prepared(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope) -> Tensor");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
-  m.def("set_exact(bool exact) -> bool");
+  m.def("set_precision(str name) -> str");
   m.def("set_algorithm(str name) -> str");
   m.def("release_workspace() -> int");
-  // torch's flag for float32 convolutions on CUDA; implemented in Python, segpose_kernels/backends.py.
+  // torch's switches for float32 convolutions on CUDA and on CPU; implemented in Python, segpose_kernels/backends.py.
   m.def("tf32_allowed() -> bool");
+  m.def("cpu_float32_precision() -> str");
 }

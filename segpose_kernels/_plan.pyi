@@ -194,7 +194,10 @@ def plan(
     op: str = ...,
     dtype: str = ...,
     isa: str | None = ...,
-    exact: bool = ...,
+    precision: str = ...,
+    algorithm: str = ...,
+    prepared: bool = ...,
+    threads: int = ...,
 ) -> Plan: ...
 def phases(problem: ConvProblem) -> list[Phase]: ...
 def cpu_features() -> dict[str, bool]: ...

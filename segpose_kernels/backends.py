@@ -140,10 +140,24 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
+_CPU_PRECISIONS = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def cpu_float32_precision() -> str:
+    """torch's own switch for float32 convolutions on CPU: highest, high or medium.
+
+    `torch.backends.mkldnn.conv.fp32_precision` (which follows `torch.backends.fp32_precision`)
+    decides; where it is "none", `torch.get_float32_matmul_precision()` does.
+    """
+    switch = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return _CPU_PRECISIONS.get(switch) or torch.get_float32_matmul_precision()
+
+
 if LIBRARY.loaded:
-    # The CUDA kernels ask through the dispatcher: the switch counts when a pass runs, in compiled
-    # graphs and backward threads too.
-    torch.library.impl(f"{NAMESPACE}::tf32_allowed", "CompositeExplicitAutograd")(tf32_allowed)
+    # The kernels ask through the dispatcher: a switch counts when a pass runs, in compiled graphs
+    # and backward threads too.
+    for _switch in (tf32_allowed, cpu_float32_precision):
+        torch.library.impl(f"{NAMESPACE}::{_switch.__name__}", "CompositeExplicitAutograd")(_switch)
 
 
 @dataclass(frozen=True)

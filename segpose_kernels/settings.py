@@ -12,16 +12,27 @@ from .backends import LIBRARY
 
 __all__ = ["precision", "release_workspace"]
 
-_EXACT = {"default": False, "exact": True}
+_MODES = ("default", "exact", "highest", "high", "medium")
 
 
 class precision:  # noqa: N801 - used like torch.no_grad
-    """Chooses which algorithms float32 and lower may use on CPU, at once and for every thread.
+    """Chooses how much of a product the CPU kernels keep, at once and for every thread.
 
-    `"default"` allows every algorithm whose relative L2 error stays below 1e-5 in float32: direct
-    sums and Winograd F(4x4, 3x3) and F(4x4, 2x2), which measured 0.5e-6 to 5e-6 on layers of 64 to
-    512 channels. Winograd spreads a NaN or infinity over the 4x4 tile it lies in. `"exact"` leaves
-    only direct sums, whose error is that of torch's own convolution. float64 is always direct.
+    - `"default"` follows torch's own switches in float32, as a pass runs:
+      `torch.backends.mkldnn.conv.fp32_precision` ("ieee", "tf32" and "bf16" are highest, high and
+      medium here), or else `torch.get_float32_matmul_precision()`. torch starts with highest.
+    - `"highest"` allows every algorithm whose relative L2 error in float32 stays below 1e-5: direct
+      sums, sums of three bfloat16 terms a value on AMX, Winograd tiles and discrete Fourier
+      transforms.
+    - `"high"` may keep 16 bits of each float32 (two bfloat16 terms; error about 5e-6 directly, 5e-5
+      through Winograd), `"medium"` 8 (one bfloat16 term, about 3e-3). Both matter on AMX only;
+      elsewhere they compute as highest does.
+    - `"exact"` leaves direct sums in float32 only, whose error is that of torch's own convolution,
+      and in which a NaN or infinity reaches the outputs that see it and no other. In every other
+      mode it may spread to its neighbours: over the tile of a transform, or along the row of a
+      step of AMX.
+
+    bfloat16 and float16 are summed in float32 in every mode; float64 is always direct.
 
     Works as a call and as a context manager::
 
@@ -32,10 +43,13 @@ class precision:  # noqa: N801 - used like torch.no_grad
     Raises ValueError for another mode, and does nothing when the C++ library is not loaded.
     """
 
-    def __init__(self, mode: Literal["default", "exact"]) -> None:
-        if mode not in _EXACT:
-            raise ValueError(f"precision: mode must be 'default' or 'exact', got {mode!r}")
-        self._previous = _set_exact(_EXACT[mode])
+    def __init__(
+        self, mode: Literal["default", "exact", "highest", "high", "medium"] = "default"
+    ) -> None:
+        if mode not in _MODES:
+            names = ", ".join(repr(name) for name in _MODES)
+            raise ValueError(f"precision: mode must be one of {names}, got {mode!r}")
+        self._previous = _set_precision(mode)
 
     def __enter__(self) -> None:
         pass
@@ -46,11 +60,11 @@ class precision:  # noqa: N801 - used like torch.no_grad
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _set_exact(self._previous)
+        _set_precision(self._previous)
 
 
-def _set_exact(exact: bool) -> bool:
-    return bool(torch.ops.segpose.set_exact(exact)) if LIBRARY.loaded else False
+def _set_precision(mode: str) -> str:
+    return str(torch.ops.segpose.set_precision(mode)) if LIBRARY.loaded else "default"
 
 
 def release_workspace() -> int:

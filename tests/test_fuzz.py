@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -30,9 +32,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 DEFAULT_CASES = 1000
 CASES = int(os.environ.get("SEGPOSE_FUZZ_CASES", DEFAULT_CASES))
-
-
 TILED_CASES = CASES // 20
+FORCED_CASES = CASES // 5
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,33 @@ def tiled_cases(draw: st.DrawFn) -> Case:
     return Case(spec, dtype, layouts, seed=draw(st.integers(0, 2**31)))
 
 
+@st.composite
+def square_cases(draw: st.DrawFn) -> Case:
+    """Any kernel up to 9x9 at strides 1 and 2, on maps of any size: what the transforms cover."""
+    op: Op = draw(st.sampled_from(("conv2d", "conv_transpose2d")))
+    kernel, stride = draw(st.integers(1, 9)), draw(st.sampled_from((1, 1, 2)))
+    extent = st.integers(kernel, kernel + 17)
+    spec = ConvSpec(
+        name="fuzz",
+        op=op,
+        n=draw(st.integers(1, 3)),
+        c_in=draw(CHANNELS),
+        c_out=draw(CHANNELS),
+        h=draw(extent),
+        w=draw(extent),
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        padding=(draw(st.integers(0, kernel // 2)), draw(st.integers(0, kernel // 2))),
+        activation=draw(st.sampled_from(("none", "relu", "leaky_relu"))),
+        slope=draw(st.sampled_from((0.01, 0.3))),
+        bias=draw(st.booleans()),
+    )
+    layout = st.sampled_from(LAYOUTS)
+    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)))
+    layouts = (draw(layout), draw(layout), draw(layout))
+    return Case(spec, dtype, layouts, seed=draw(st.integers(0, 2**31)))
+
+
 def fuzz_settings(cases: int) -> settings:
     return settings(
         max_examples=cases,
@@ -169,7 +197,7 @@ def check(case: Case) -> None:
     with OperatorCounter() as counter:
         results = run_fused(case.spec, tensors)
     assert counter.aten_compute == {}
-    assert counter.of("segpose::") == {
+    assert counter.of("segpose::conv") == {
         f"segpose::{case.spec.op}_act": 1,
         f"segpose::{case.spec.op}_act_backward": 1,
     }
@@ -197,7 +225,7 @@ def test_random_problems_agree_with_float64(op: Op) -> None:
 
 
 def test_random_tiled_problems_agree_with_float64() -> None:
-    """The same for problems of the size at which Winograd is chosen."""
+    """The same for problems of the size at which sums are not the fastest."""
     algorithms: Counter[str] = Counter()
 
     @fuzz_settings(max(TILED_CASES, 1))
@@ -209,7 +237,37 @@ def test_random_tiled_problems_agree_with_float64() -> None:
 
     run()
     if TILED_CASES > 20:
-        assert algorithms["winograd"] > TILED_CASES // 2, dict(algorithms)
+        fast = algorithms["winograd"] + algorithms["split"]
+        assert fast > TILED_CASES // 2, dict(algorithms)
+
+
+@contextmanager
+def forced(algorithm: str) -> Iterator[None]:
+    previous = torch.ops.segpose.set_algorithm(algorithm)
+    try:
+        yield
+    finally:
+        torch.ops.segpose.set_algorithm(previous)
+
+
+@pytest.mark.parametrize("algorithm", ["split", "winograd", "fourier", "igemm", "gathered"])
+def test_every_algorithm_agrees_with_float64(algorithm: str) -> None:
+    """Each runs wherever it can, whatever the plan would have chosen."""
+    runs = 0
+
+    @fuzz_settings(max(FORCED_CASES, 1))
+    @given(st.one_of(square_cases(), tiled_cases()))
+    def run(case: Case) -> None:
+        nonlocal runs
+        for name in ("fprop", "dgrad", "wgrad"):
+            plan = _plan.plan(problem_of(case.spec), name, algorithm=algorithm)
+            runs += plan.algorithm == algorithm
+        with forced(algorithm):
+            check(case)
+
+    run()
+    if FORCED_CASES > 100 and (algorithm != "split" or _plan.selected_isa() == "amx"):
+        assert runs > FORCED_CASES // 8
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)

@@ -13,7 +13,7 @@ import pytest
 from segpose_kernels import _plan
 
 TESTS = Path(__file__).resolve().parent
-KNOWN = ("generic", "avx2", "avx512")
+KNOWN = ("generic", "avx2", "avx512", "amx")
 
 
 def run_python(arguments: list[str], isa: str | None) -> subprocess.CompletedProcess[str]:

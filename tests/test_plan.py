@@ -27,6 +27,7 @@ from segpose_kernels.testing.spec import Pair
 ALL = tuple(dict.fromkeys((*KERNEL_PROBLEMS, *AUTOENCODER, *SEGNET, *CPM2DPOSE, *TRANSPOSED)))
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+ALGORITHMS = ("depthwise", "split", "winograd", "fourier", "gathered", "igemm")
 
 
 def assert_phases_partition_dgrad(
@@ -158,13 +159,35 @@ def test_every_problem_has_a_plan(op: str, dtype: str, isa: str) -> None:
             assert plan.bytes > 0
 
 
+@pytest.mark.parametrize("isa", _plan.isas())
 @pytest.mark.parametrize("op", OPS)
-def test_small_problems_reach_every_algorithm(op: str) -> None:
-    """What the models at full size run is also in the table that every test run goes through."""
-    names = {_plan.plan(problem_of(spec), op).algorithm for spec in ALL}
-    small = {_plan.plan(problem_of(spec), op).algorithm for spec in KERNEL_PROBLEMS}
+def test_forced_algorithms_reach_the_small_problems(op: str, isa: str) -> None:
+    """What the models at full size run, a test can ask for where a problem is small."""
+    names = {_plan.plan(problem_of(spec), op, isa=isa).algorithm for spec in ALL}
+    small = {
+        _plan.plan(problem_of(spec), op, isa=isa, algorithm=name).algorithm
+        for spec in KERNEL_PROBLEMS
+        for name in ALGORITHMS
+    }
     assert names <= small
-    assert len(names) >= 2
+    assert {"depthwise", "winograd", "fourier", "gathered", "igemm"} <= small
+    assert ("split" in small) == (isa == "amx")
+
+
+def test_choice_does_not_depend_on_threads() -> None:
+    """Results are the same for any number: only how the work is cut may differ."""
+    for spec in ALL:
+        for op in OPS:
+            plans = [_plan.plan(problem_of(spec), op, threads=threads) for threads in (1, 2, 7)]
+            assert len({plan.algorithm for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_exact_sums_directly(op: str, dtype: str) -> None:
+    direct = {"depthwise", "gathered", "igemm"} | ({"split"} if dtype == "bfloat16" else set())
+    for spec in ALL:
+        assert _plan.plan(problem_of(spec), op, dtype, precision="exact").algorithm in direct
 
 
 def test_plan_is_a_pure_function() -> None:
@@ -184,9 +207,11 @@ def test_depthwise_is_not_a_gemm() -> None:
     [
         (("backward", "float32"), "fprop, dgrad or wgrad"),
         (("fprop", "int8"), "float32, float64, bfloat16 or float16"),
+        (("fprop", "float32", None, "low"), "exact, highest, high or medium, got 'low'"),
+        (("fprop", "float32", None, "high", "karatsuba"), "split, winograd.*got 'karatsuba'"),
     ],
 )
-def test_bad_names_raise(arguments: tuple[str, str], words: str) -> None:
+def test_bad_names_raise(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _plan.plan(problem_of(by_name("conv-k3s1")), *arguments)
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <tuple>
@@ -23,7 +24,10 @@ using Ints = std::vector<int64_t>;
 
 // An algorithm that tests and benchmarks ask for, -1 for none; read once at the start of a pass.
 std::atomic<int> forced_algorithm{-1};
-std::atomic<int> chosen_precision{static_cast<int>(Precision::highest)};
+// A precision that the user chose for every pass, -1 where torch's switches decide.
+std::atomic<int> chosen_precision{-1};
+// Smaller problems are faster than asking torch for its switches, which takes Python's lock.
+constexpr double kAskFlops = 20e6;
 
 std::string set_algorithm(const std::string& name) {
   const std::optional<Algorithm> algorithm = parse_algorithm(name);
@@ -31,9 +35,27 @@ std::string set_algorithm(const std::string& name) {
   return previous < 0 ? "" : algorithm_name(static_cast<Algorithm>(previous));
 }
 
-bool set_exact(bool exact) {
-  return chosen_precision.exchange(static_cast<int>(exact ? Precision::exact : Precision::highest)) ==
-         static_cast<int>(Precision::exact);
+std::string set_precision(const std::string& name) {
+  const int chosen = name == "default" ? -1 : static_cast<int>(parse_precision(name));
+  const int previous = chosen_precision.exchange(chosen);
+  return previous < 0 ? "default" : precision_name(static_cast<Precision>(previous));
+}
+
+// torch's switches for float32, asked where they could make a difference, through an operator that Python implements;
+// where there is no Python, torch's default.
+Precision current_precision(const ConvProblem& problem, DType dtype) {
+  static std::atomic<bool> implemented{true};
+  const int chosen = chosen_precision;
+  if (chosen >= 0) return static_cast<Precision>(chosen);
+  if (dtype != DType::float32 || selected_isa() < Isa::amx || problem.flops() < kAskFlops) return Precision::highest;
+  if (!implemented.load(std::memory_order_relaxed)) return Precision::highest;
+  std::array<StableIValue, 1> stack{};
+  if (torch_call_dispatcher("segpose::cpu_float32_precision", "", stack.data(), TORCH_ABI_VERSION) !=
+      AOTI_TORCH_SUCCESS) {
+    implemented.store(false, std::memory_order_relaxed);
+    return Precision::highest;
+  }
+  return parse_precision(torch::stable::detail::to<std::string>(stack[0]));
 }
 
 int64_t release_workspace() { return WorkspacePool::instance().clear(); }
@@ -99,9 +121,8 @@ void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weig
   run_gather_pass(request, workspace.data(), executor);
 }
 
-Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, bool prepared = false) {
-  PlanOptions options{static_cast<Precision>(chosen_precision.load()), std::nullopt, prepared,
-                      static_cast<int64_t>(torch::stable::get_num_threads())};
+Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, Precision precision, bool prepared = false) {
+  PlanOptions options{precision, std::nullopt, prepared, static_cast<int64_t>(torch::stable::get_num_threads())};
   const int forced = forced_algorithm;
   if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
   return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
@@ -120,7 +141,8 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
   one.w = one.q = output.size(3);
   Tensor weight = torch::stable::new_zeros(output, {output.size(1), 1, 1, 1});
   Tensor source = torch::stable::new_zeros(output, {output.size(0), output.size(1), output.size(2), output.size(3)});
-  run_gather(plan_for(one, Pass::fprop, weight), {view_of(source), nullptr}, weight, bias, output, epilogue);
+  run_gather(plan_for(one, Pass::fprop, weight, Precision::exact), {view_of(source), nullptr}, weight, bias, output,
+             epilogue);
 }
 
 Pass forward_pass(const ConvAttributes& attributes) { return attributes.transposed ? Pass::dgrad : Pass::fprop; }
@@ -129,7 +151,9 @@ Pass forward_pass(const ConvAttributes& attributes) { return attributes.transpos
 Tensor prepare_filter(const Tensor& weight, Ints input_shape, Ints stride, Ints padding, Ints output_padding,
                       Ints dilation, int64_t groups, bool transposed) {
   const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
-  const Plan plan = plan_for(make_problem(input_shape, weight, attributes), forward_pass(attributes), weight, true);
+  const ConvProblem problem = make_problem(input_shape, weight, attributes);
+  const Plan plan =
+      plan_for(problem, forward_pass(attributes), weight, current_precision(problem, to_dtype(weight)), true);
   Tensor packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
   const Executor executor = torch_executor();
   const Workspace workspace(pack_workspace(plan, executor.workers), weight);
@@ -147,7 +171,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Plan plan = plan_for(problem, forward_pass(attributes), weight, packed.has_value());
+    const Plan plan = plan_for(problem, forward_pass(attributes), weight, current_precision(problem, to_dtype(weight)),
+                               packed.has_value());
     STD_TORCH_CHECK(!packed.has_value() || packed->numel() == std::max<int64_t>(packed_filter_bytes(plan), 1),
                     "segpose: the filter was prepared for another problem");
     run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue,
@@ -229,8 +254,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     const bool by_input = need_input && grad_input.numel() > 0;
     const bool by_weight = need_weight && grad_weight.numel() > 0;
     const Pass input_pass = attributes.transposed ? Pass::fprop : Pass::dgrad;
-    const Plan input_plan = by_input ? plan_for(problem, input_pass, weight) : Plan{};
-    const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight) : Plan{};
+    const Precision precision = current_precision(problem, to_dtype(weight));
+    const Plan input_plan = by_input ? plan_for(problem, input_pass, weight, precision) : Plan{};
+    const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight, precision) : Plan{};
     const bool packed = (!by_input || input_plan.packs_source()) && (!by_weight || weight_plan.packs_source());
     const GradientUse use = !packed                 ? GradientUse::in_place
                             : by_input && by_weight ? GradientUse::packed
@@ -294,7 +320,7 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
-  m.impl("set_exact", TORCH_BOX(&segpose::set_exact));
+  m.impl("set_precision", TORCH_BOX(&segpose::set_precision));
   m.impl("set_algorithm", TORCH_BOX(&segpose::set_algorithm));
   m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));
 }

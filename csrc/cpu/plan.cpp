@@ -323,11 +323,15 @@ const char* algorithm_name(Algorithm algorithm) {
   return "unknown";
 }
 
+const char* precision_name(Precision precision) {
+  constexpr const char* kNames[] = {"exact", "highest", "high", "medium"};
+  return kNames[static_cast<int>(precision)];
+}
+
 Precision parse_precision(const std::string& name) {
-  if (name == "exact") return Precision::exact;
-  if (name == "highest") return Precision::highest;
-  if (name == "high") return Precision::high;
-  if (name == "medium") return Precision::medium;
+  for (const Precision p : {Precision::exact, Precision::highest, Precision::high, Precision::medium}) {
+    if (name == precision_name(p)) return p;
+  }
   throw std::invalid_argument("precision must be exact, highest, high or medium, got '" + name + "'");
 }
 

@@ -88,6 +88,7 @@ struct PlanOptions {
 };
 
 // By name; an empty algorithm is none. Throw std::invalid_argument with the valid names.
+const char* precision_name(Precision precision);
 Precision parse_precision(const std::string& name);
 std::optional<Algorithm> parse_algorithm(const std::string& name);
 
