@@ -73,6 +73,10 @@ std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
   if (plan.packs_source()) {
     return {plan.transform.terms > 0 ? 2 * kTileRows : kTransformRows, plan.transform.panel_columns};
   }
+  if (plan.algorithm == Algorithm::rows && plan.pass != Pass::wgrad) {
+    const RowsTile<float>& tile = ukernels<float>(plan.isa).rows[0];
+    return {tile.mr, plan.panels.front().nr};
+  }
   if (plan.panels.empty()) return {0, 0};
   const Panel& panel = plan.panels.front();
   if (plan.algorithm == Algorithm::depthwise) return {kDepthwiseRows, ukernels<float>(plan.isa).vector_length};
@@ -156,6 +160,7 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("block_m", &Plan::block_m)
       .def_readonly("k_chunk", &Plan::k_chunk)
       .def_readonly("splits", &Plan::splits)
+      .def_readonly("cycles", &Plan::cycles)
       .def_readonly("flops", &Plan::flops)
       .def_readonly("bytes", &Plan::bytes)
       .def("__str__", &Plan::str);

@@ -250,7 +250,7 @@ def forced(algorithm: str) -> Iterator[None]:
         torch.ops.segpose.set_algorithm(previous)
 
 
-@pytest.mark.parametrize("algorithm", ["split", "winograd", "fourier", "igemm", "gathered"])
+@pytest.mark.parametrize("algorithm", ["split", "winograd", "fourier", "rows", "igemm", "gathered"])
 def test_every_algorithm_agrees_with_float64(algorithm: str) -> None:
     """Each runs wherever it can, whatever the plan would have chosen."""
     runs = 0

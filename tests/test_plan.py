@@ -27,7 +27,7 @@ from segpose_kernels.testing.spec import Pair
 ALL = tuple(dict.fromkeys((*KERNEL_PROBLEMS, *AUTOENCODER, *SEGNET, *CPM2DPOSE, *TRANSPOSED)))
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-ALGORITHMS = ("depthwise", "split", "winograd", "fourier", "gathered", "igemm")
+ALGORITHMS = ("depthwise", "split", "winograd", "fourier", "rows", "gathered", "igemm")
 
 
 def assert_phases_partition_dgrad(
@@ -170,7 +170,7 @@ def test_forced_algorithms_reach_the_small_problems(op: str, isa: str) -> None:
         for name in ALGORITHMS
     }
     assert names <= small
-    assert {"depthwise", "winograd", "fourier", "gathered", "igemm"} <= small
+    assert {"depthwise", "winograd", "fourier", "gathered", "igemm", "rows"} <= small
     assert ("split" in small) == (isa == "amx")
 
 
@@ -185,7 +185,7 @@ def test_choice_does_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_exact_sums_directly(op: str, dtype: str) -> None:
-    direct = {"depthwise", "gathered", "igemm"} | ({"split"} if dtype == "bfloat16" else set())
+    direct = {"depthwise", "gathered", "igemm", "rows"} | ({"split"} if dtype == "bfloat16" else set())
     for spec in ALL:
         assert _plan.plan(problem_of(spec), op, dtype, precision="exact").algorithm in direct
 

@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     const Precision precision = current_precision(problem, to_dtype(weight));
     const Plan input_plan = by_input ? plan_for(problem, input_pass, weight, precision) : Plan{};
     const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight, precision) : Plan{};
-    const bool packed = (!by_input || input_plan.packs_source()) && (!by_weight || weight_plan.packs_source());
+    const bool packed = (!by_input || input_plan.masks_source()) && (!by_weight || weight_plan.masks_source());
     const GradientUse use = !packed                 ? GradientUse::in_place
                             : by_input && by_weight ? GradientUse::packed
                                                     : GradientUse::fused;

@@ -5,6 +5,7 @@
 
 #include "igemm.h"
 #include "packing.h"
+#include "rows_conv.h"
 #include "split_conv.h"
 #include "split_wgrad.h"
 #include "staging.h"
@@ -122,6 +123,33 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
 }
 
 template <class T>
+struct RowsBuffers {
+  GatherCommon common;
+  T* bias;
+  char* scratch;
+
+  RowsBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
+    bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
+    scratch = arena.take<char>(workers * rows_scratch<T>(*pass.plan, pass.source));
+  }
+};
+
+template <class T>
+void run_rows(const GatherPass& pass, void* workspace, const Executor& executor) {
+  const Plan& plan = *pass.plan;
+  const PackedFilter layout(plan);
+  Arena arena(workspace);
+  const RowsBuffers<T> buffers(pass, executor.workers, arena);
+  const auto* filter = static_cast<const T*>(buffers.common.filter(pass, executor));
+  if (pass.bias != nullptr) {
+    pack_bias(pass.bias, pass.filter.dtype, pass.bias_stride, plan.gemm_groups(), plan.columns(), plan.padded_columns(),
+              buffers.bias);
+  }
+  launch_rows<T>({&plan, &layout, pass.source, pass.destination, filter, buffers.bias, buffers.scratch, pass.epilogue},
+                 executor);
+}
+
+template <class T>
 bool activation_is_staged(const WgradPass& pass) {
   return !pass.activation.in_place(compute_dtype<T>()) || wgrad_reads_past<T>(*pass.plan) > 0;
 }
@@ -195,8 +223,7 @@ int64_t packed_filter_bytes(const Plan& plan) {
 }
 
 int64_t pack_workspace(const Plan& plan, int64_t workers) {
-  const bool transforms = plan.algorithm == Algorithm::winograd || plan.algorithm == Algorithm::fourier;
-  return transforms ? workers * transform_filter_scratch(plan) : 0;
+  return plan.transforms() ? workers * transform_filter_scratch(plan) : 0;
 }
 
 void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, void* workspace,
@@ -220,14 +247,24 @@ int64_t gather_workspace(const GatherPass& pass, int64_t workers) {
     return arena.used();
   }
   return dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
+    if (pass.plan->algorithm == Algorithm::rows) {
+      const RowsBuffers<decltype(zero)> buffers(pass, workers, arena);
+    } else {
+      const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
+    }
     return arena.used();
   });
 }
 
 void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor) {
   if (pass.plan->packs_source()) return run_packed(pass, workspace, executor);
-  dispatch_compute(pass.plan->dtype, [&](auto zero) { run_gather<decltype(zero)>(pass, workspace, executor); });
+  dispatch_compute(pass.plan->dtype, [&](auto zero) {
+    if (pass.plan->algorithm == Algorithm::rows) {
+      run_rows<decltype(zero)>(pass, workspace, executor);
+    } else {
+      run_gather<decltype(zero)>(pass, workspace, executor);
+    }
+  });
 }
 
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {

@@ -12,7 +12,7 @@ namespace segpose {
 // fprop or dgrad: destination = act(gather(source, filter) + bias).
 struct GatherPass {
   const Plan* plan;
-  MaskedSource source;  // masked only for algorithms that pack their source (see packs_source)
+  MaskedSource source;  // masked only where the plan masks_source
   FilterView filter;
   const void* packed;  // pack_pass_filter of this plan and filter, or null: then it is packed on the way
   const void* bias;    // [destination channels] of the filter's dtype, or null

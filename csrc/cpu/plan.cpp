@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 
@@ -28,13 +29,29 @@ constexpr int64_t kWgradPixels = 512;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
+// Partial sums of a wgrad over bands of rows.
+constexpr int64_t kRowsWgradSplits = 24;
+constexpr int64_t kRowsWgradValues = 1 << 20;
+// Cycles of copying a tap of a pixel, and of starting a run of pixels in a wgrad tile.
+constexpr double kGatherCycles = 14;
+constexpr double kSegmentCycles = 12;
 // Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
 constexpr double kPixelCycles = 10;
 constexpr double kPointerCycles = 0.7;
-// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term.
-constexpr double kTileCycles = 18;
+// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; and of a
+// pass whatever its size.
+constexpr double kTileCycles = 24;
 constexpr double kStoreCycles = 4;
 constexpr double kSplitCycles = 4;
+constexpr double kSplitPass = 75e3;
+// Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
+constexpr double kStridedSplit = 3;
+// What the transforms of whole layers took over their predictions, with AMX products in between.
+constexpr double kWinograd3 = 1.5;
+constexpr double kWinograd2 = 2;
+// Of starting a line of tiles, and of staging a value.
+constexpr double kLineCycles = 60;
+constexpr double kStageCycles = 0.25;
 // Of packing 16 values of a filter into tiles.
 constexpr double kPackCycles = 25;
 
@@ -60,10 +77,28 @@ std::vector<Panel> split_columns(int64_t columns, int widths, const Width& width
   return panels;
 }
 
+// dgrad's phases. A single source row reaches each destination row by one tap at most: with a stride larger than all
+// distances every row is a phase of its own, and no tap reads padding.
+std::vector<Phase> gather_phases(const ConvProblem& problem) {
+  ConvProblem apart = problem;
+  if (problem.p == 1) apart.stride_h = problem.h + problem.pad_h + problem.r * problem.dilation_h;
+  if (problem.q == 1) apart.stride_w = problem.w + problem.pad_w + problem.s * problem.dilation_w;
+  return dgrad_phases(apart);
+}
+
 struct Widths {
   int count;
   int64_t width[kMaxWgradTiles];
 };
+
+template <class T>
+Widths rows_widths(Isa isa) {
+  const Ukernels<T>& table = ukernels<T>(isa);
+  Widths widths{2, {}};
+  widths.width[0] = table.rows[table.rows_tiles - 1].nr;
+  widths.width[1] = table.rows[0].nr;
+  return widths;
+}
 
 template <class T>
 Widths gemm_widths(Isa isa) {
@@ -120,6 +155,43 @@ double direct_cycles(const Plan& plan, const Widths& widths) {
          (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
 }
 
+// Steps of a line of tiles: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
+template <class T>
+double line_cycles(Isa isa, int64_t pixels, int64_t width) {
+  const Ukernels<T>& table = ukernels<T>(isa);
+  double cycles = 0;
+  for (int i = 0; i < table.rows_tiles; ++i) {
+    const RowsTile<T>& tile = table.rows[i];
+    if (tile.nr != width) continue;
+    const double vectors = static_cast<double>(tile.nr / table.vector_length);
+    const double step = std::max({0.5 * tile.mr * vectors, 0.5 * (tile.mr + vectors), 4.0});
+    cycles += static_cast<double>(pixels / tile.mr) * step;
+    pixels %= tile.mr;
+  }
+  return cycles;
+}
+
+template <class T>
+double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
+  double cycles = 0;
+  double most_rows = 1;
+  for (const Phase& phase : plan.phases) {
+    most_rows = std::max(most_rows, static_cast<double>(phase.rows));
+    const int64_t pixels = rows.along_images ? rows.images : phase.cols;
+    const int64_t other = rows.along_images ? ceil_div(plan.problem.n, rows.images) * phase.cols : plan.problem.n;
+    const double lines = static_cast<double>(phase.rows * other);
+    const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
+    for (const Panel& panel : panels) {
+      cycles += lines * (kLineCycles + 1.1 * steps * line_cycles<T>(plan.isa, pixels, panel.nr));
+    }
+  }
+  const int64_t channels = plan.depth() * plan.problem.groups;
+  const double tasks = std::ceil(static_cast<double>(plan.problem.n) / static_cast<double>(rows.images)) *
+                       std::ceil(most_rows / static_cast<double>(rows.rows));
+  return cycles * static_cast<double>(plan.problem.groups) +
+         tasks * static_cast<double>(staged_values(rows, channels)) * kStageCycles;
+}
+
 // Terms of a split that may be used: 0 where the machine has no tiles, the dtype has no split or a sum must be exact.
 int64_t usable_terms(const Plan& plan, Precision precision) {
   if (split_ukernels(plan.isa) == nullptr) return 0;
@@ -162,17 +234,26 @@ double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepar
       static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
   const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
   const double filter = panels * static_cast<double>(plan.depth() * problem.taps() * problem.groups);
-  return split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
-         static_cast<double>(problem.groups) *
-             (pixels * panels * kStoreCycles +
-              source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
+  const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
+                        static_cast<double>(problem.groups) *
+                            (pixels * panels * kStoreCycles +
+                             source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
+  const bool strided = forward && problem.stride_w > 1 && plan.depth() < kTileDepth;
+  return kSplitPass + cycles * (strided ? kStridedSplit : 1);
 }
 
 double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
   const ConvProblem& problem = plan.problem;
   const double grad = static_cast<double>(problem.n * problem.p * problem.q * ceil_div(problem.k, 16));
   const double source = static_cast<double>(problem.n * problem.h * problem.w * ceil_div(problem.c, 16));
-  return split.steps_issued * kTileCycles + (grad + source) * static_cast<double>(split.terms) * 2 * kSplitCycles;
+  // Sums leave the tiles after fewer steps than in fprop.
+  return kSplitPass + 1.4 * split.steps_issued * kTileCycles +
+         (grad + source) * static_cast<double>(split.terms) * 3 * kSplitCycles;
+}
+
+double transform_factor(Algorithm algorithm, const TransformPlan& transform) {
+  if (transform.terms == 0 || algorithm == Algorithm::fourier) return 1;
+  return transform.r == 2 ? kWinograd2 : kWinograd3;
 }
 
 // Transforms compute in float32 and round more than one bfloat16 term may.
@@ -180,10 +261,51 @@ bool may_transform(const Plan& plan, Precision precision) {
   return precision != Precision::exact && plan.dtype != DType::float64 && usable_terms(plan, precision) != 1;
 }
 
-void choose_wgrad(Plan& plan, Precision precision, Choice& choice) {
+// Columns of whole panels.
+int64_t padded(int64_t columns, const Widths& widths) {
+  const auto panels = split_columns(columns, widths.count, [&](int i) { return widths.width[i]; });
+  return panels.back().column + panels.back().nr;
+}
+
+double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
+  const ConvProblem& problem = plan.problem;
+  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
+  const double taps = static_cast<double>(problem.taps());
+  const double filters = static_cast<double>(problem.k);
+  if (plan.algorithm == Algorithm::gathered) {
+    const double columns = static_cast<double>(padded(problem.taps() * problem.c_per_group(), widths));
+    return pixels * (columns * filters * multiply_add_cycles(plan.isa) +
+                     taps * static_cast<double>(problem.groups) * kGatherCycles);
+  }
+  const double columns = taps * static_cast<double>(padded(problem.c_per_group(), widths));
+  const double runs = problem.p * problem.q == 1 ? pixels / kWgradPixels : pixels / static_cast<double>(problem.q);
+  return pixels * columns * filters * multiply_add_cycles(plan.isa) +
+         (runs + 1) * taps * std::ceil(filters / 6) * kSegmentCycles;
+}
+
+double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
+  const ConvProblem& problem = plan.problem;
+  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
+  const double units = static_cast<double>(merged.runs.size());
+  const double columns = units * static_cast<double>(padded(merged.taps * problem.c_per_group(), widths));
+  const double filters = static_cast<double>(problem.k);
+  const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
+  return pixels * columns * filters * multiply_add_cycles(plan.isa) +
+         pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
+         tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
+         kRowsWgradSplits * columns * filters * kStageCycles;
+}
+
+void choose_wgrad(Plan& plan, const Widths& widths, Precision precision, Choice& choice) {
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
-  plan.cycles = 0.5 * plan.problem.flops() * multiply_add_cycles(plan.isa);
+  plan.cycles = direct_wgrad_cycles(plan, widths);
+  choice.forced = choice.options.algorithm == plan.algorithm;
   if (plan.problem.n == 0) return;
+  const RowsPlan rows = plan_rows(plan.problem, plan.phases, plan.problem.c);
+  const PhaseRuns merged = merge_taps(plan.phases.front(), plan.problem.groups == 1);
+  if (!rows.along_images && choice.takes(Algorithm::rows, rows_wgrad_cycles(plan, rows, merged, widths))) {
+    plan.rows = rows;
+  }
   const int64_t terms = usable_terms(plan, precision);
   if (terms > 0) {
     const SplitWgradPlan split = plan_split_wgrad(plan.problem, plan.phases.front(), terms);
@@ -196,7 +318,10 @@ void choose_wgrad(Plan& plan, Precision precision, Choice& choice) {
   for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
     const TransformCandidate candidate =
         algorithm == Algorithm::winograd ? plan_winograd_wgrad(query) : plan_fourier_wgrad(query);
-    if (candidate.plan.n != 0 && choice.takes(algorithm, candidate.cycles)) plan.transform = candidate.plan;
+    if (candidate.plan.n == 0) continue;
+    const double cycles =
+        candidate.cycles * (plan.isa == Isa::amx && algorithm == Algorithm::winograd ? kWinograd3 : 1);
+    if (choice.takes(algorithm, cycles)) plan.transform = candidate.plan;
   }
 }
 
@@ -208,7 +333,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     plan.algorithm = Algorithm::depthwise;
     return;
   }
-  if (plan.pass == Pass::wgrad) return choose_wgrad(plan, precision, choice);
+  if (plan.pass == Pass::wgrad) return choose_wgrad(plan, widths, precision, choice);
   plan.algorithm = Algorithm::igemm;  // whose columns() and depth() the costs use
   const double direct = direct_cycles(plan, widths);
   const int64_t columns = plan.columns();
@@ -216,6 +341,17 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = direct;
   choice.forced = options.algorithm == plan.algorithm;
+  if (plan.problem.n > 0) {
+    const bool wide = plan.dtype == DType::float64;
+    const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
+    const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);
+    const auto panels = split_columns(columns, rows_width.count, [&](int i) { return rows_width.width[i]; });
+    const double cycles = wide ? rows_cycles<double>(plan, rows, panels) : rows_cycles<float>(plan, rows, panels);
+    if (choice.takes(Algorithm::rows, cycles)) {
+      plan.rows = rows;
+      plan.panels = panels;
+    }
+  }
   const int64_t terms = usable_terms(plan, precision);
   // Predicted for one thread, so that the choice does not depend on their number.
   const int64_t source_w = plan.pass == Pass::fprop ? plan.problem.w : plan.problem.q;
@@ -234,12 +370,14 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     for (const Algorithm algorithm : {Algorithm::winograd, Algorithm::fourier}) {
       const TransformCandidate candidate =
           algorithm == Algorithm::winograd ? plan_winograd(query) : plan_fourier(query);
-      if (candidate.plan.n != 0 && choice.takes(algorithm, candidate.cycles)) plan.transform = candidate.plan;
+      if (candidate.plan.n == 0) continue;
+      const double cycles = candidate.cycles * transform_factor(algorithm, candidate.plan);
+      if (choice.takes(algorithm, cycles)) plan.transform = candidate.plan;
     }
   }
   if (plan.algorithm == Algorithm::split) {
     plan.split = split_for(options.threads);
-  } else if (plan.packs_source()) {
+  } else if (plan.transforms()) {
     plan.transform = cut_for_threads(plan.transform, query, options.threads);
   }
 }
@@ -282,6 +420,19 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
   }
 }
 
+void plan_rows_wgrad(Plan& plan, const Widths& widths) {
+  const ConvProblem& problem = plan.problem;
+  const PhaseRuns merged = merge_taps(plan.phases.front(), problem.groups == 1);
+  plan.panels =
+      split_columns(merged.taps * problem.c_per_group(), widths.count, [&](int i) { return widths.width[i]; });
+  const int64_t values = problem.k * static_cast<int64_t>(merged.runs.size()) * plan.padded_columns();
+  const int64_t blocks = ceil_div(problem.n, plan.rows.images) * ceil_div(problem.p, plan.rows.rows);
+  plan.splits = std::min({kRowsWgradSplits, blocks, std::max<int64_t>(kRowsWgradValues / values, 1)});
+  plan.k_block = problem.k_per_group();
+  plan.block_m = plan.rows.images * plan.rows.rows * problem.q;
+  plan.k_chunk = plan.block_m;
+}
+
 void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   const ConvProblem& problem = plan.problem;
   const bool gathered = plan.algorithm == Algorithm::gathered;
@@ -315,6 +466,8 @@ const char* algorithm_name(Algorithm algorithm) {
       return "winograd";
     case Algorithm::fourier:
       return "fourier";
+    case Algorithm::rows:
+      return "rows";
     case Algorithm::gathered:
       return "gathered";
     case Algorithm::igemm:
@@ -339,7 +492,7 @@ std::optional<Algorithm> parse_algorithm(const std::string& name) {
   if (name.empty()) return std::nullopt;
   std::string valid;
   for (const Algorithm algorithm : {Algorithm::depthwise, Algorithm::split, Algorithm::winograd, Algorithm::fourier,
-                                    Algorithm::gathered, Algorithm::igemm}) {
+                                    Algorithm::rows, Algorithm::gathered, Algorithm::igemm}) {
     if (name == algorithm_name(algorithm)) return algorithm;
     valid += valid.empty() ? algorithm_name(algorithm) : std::string(", ") + algorithm_name(algorithm);
   }
@@ -371,7 +524,7 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
   plan.dtype = dtype;
   plan.isa = isa;
   if (pass == Pass::dgrad) {
-    plan.phases = dgrad_phases(problem);
+    plan.phases = gather_phases(problem);
   } else {
     plan.phases = {fprop_phase(problem)};
   }
@@ -379,7 +532,11 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
   const bool wide = dtype == DType::float64;
   const int64_t element = wide ? 8 : 4;
   const Widths widths = wide ? gemm_widths<double>(isa) : gemm_widths<float>(isa);
-  choose_algorithm(plan, widths, options);
+  choose_algorithm(plan,
+                   pass != Pass::wgrad ? widths
+                   : wide              ? wgrad_widths<double>(isa)
+                                       : wgrad_widths<float>(isa),
+                   options);
   if (pass == Pass::wgrad && plan.algorithm == Algorithm::split) {
     plan.block_m = plan.split_wgrad.images * plan.split_wgrad.rows * problem.q;
     plan.k_chunk = plan.block_m;
@@ -388,6 +545,8 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
     plan.block_m = plan.transform.tiles;
     plan.k_chunk = plan.block_m;
     plan.splits = 1;
+  } else if (pass == Pass::wgrad && plan.algorithm == Algorithm::rows) {
+    plan_rows_wgrad(plan, wide ? wgrad_widths<double>(isa) : wgrad_widths<float>(isa));
   } else if (pass == Pass::wgrad) {
     plan_wgrad(plan, wide ? wgrad_widths<double>(isa) : wgrad_widths<float>(isa), element);
   } else {
@@ -396,6 +555,9 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
       plan.k_chunk = plan.split.chunk_blocks * plan.split.unit;
     } else if (plan.packs_source()) {
       plan.block_m = plan.transform.tiles;
+      plan.k_chunk = plan.depth();
+    } else if (plan.algorithm == Algorithm::rows) {
+      plan.block_m = plan.rows.images * plan.rows.rows;
       plan.k_chunk = plan.depth();
     } else {
       plan_gather_passes(plan, widths, element);
@@ -415,6 +577,10 @@ std::string Plan::str() const {
     out << (algorithm == Algorithm::winograd ? " F(" : " DFT(") << transform.m << 'x' << transform.m << ','
         << transform.r << 'x' << transform.r << ") terms=" << transform.terms << " group=" << transform.group_panels
         << 'x' << transform.panel_columns << " columns/" << transform.column_splits;
+  }
+  if (algorithm == Algorithm::rows) {
+    out << (rows.along_images ? " along=images" : " along=columns") << " images=" << rows.images
+        << " rows=" << rows.rows;
   }
   if (algorithm == Algorithm::split && pass == Pass::wgrad) {
     out << " terms=" << split_wgrad.terms << " inner=" << split_wgrad.inner << " images=" << split_wgrad.images

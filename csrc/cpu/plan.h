@@ -11,6 +11,7 @@
 #include "../common/phases.h"
 #include "cpu_features.h"
 #include "dtype.h"
+#include "rows_plan.h"
 #include "split_plan.h"
 #include "transform_plan.h"
 
@@ -22,6 +23,7 @@ enum class Algorithm {
   split,      // GEMM on AMX tiles of bfloat16, of one to three terms a value
   winograd,   // dense 3 x 3 or 2 x 2 taps at unit stride: F(4 x 4, r x r) tiles, 4 or 2.56 times fewer multiplications
   fourier,    // larger dense squares: n x n tiles
+  rows,       // few channels: direct sums over staged bands of rows
   gathered,   // few channels: copy each pixel's taps into one row, then GEMM over taps * channels
   igemm,      // implicit GEMM through row pointers; supports everything
 };
@@ -52,6 +54,7 @@ struct Plan {
   int64_t k_block;            // wgrad: filters a task owns
   int64_t splits;             // wgrad: pieces of the pixel reduction, added in order
   TransformPlan transform;    // winograd and fourier, whose block_m counts tiles
+  RowsPlan rows;
   SplitPlan split;
   SplitWgradPlan split_wgrad;
   double cycles;  // predicted, of one core
@@ -65,10 +68,11 @@ struct Plan {
   int64_t depth() const;
   int64_t padded_columns() const;  // whole panels
 
-  // Reads its source through packing, which converts and masks on the way.
-  bool packs_source() const {
-    return algorithm == Algorithm::split || algorithm == Algorithm::winograd || algorithm == Algorithm::fourier;
-  }
+  bool transforms() const { return algorithm == Algorithm::winograd || algorithm == Algorithm::fourier; }
+  // Packs its source, and its filter in an own layout.
+  bool packs_source() const { return algorithm == Algorithm::split || transforms(); }
+  // Copies its source on the way, converted and masked.
+  bool masks_source() const { return packs_source() || (algorithm == Algorithm::rows && pass != Pass::wgrad); }
 
   std::string str() const;
 };

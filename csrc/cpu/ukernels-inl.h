@@ -26,9 +26,15 @@ SEGPOSE_INLINE void store(T* destination, const typename Simd<T>::Vector& value)
   __builtin_memcpy(destination, &value, sizeof(value));
 }
 
-// A ragged row end, in pieces of fixed size: a memcpy of run-time size would be a call.
+// The first `count` values of a vector, in pieces of fixed size: a memcpy of run-time size would be a call.
 template <class T>
-void copy_columns(const T* source, int64_t count, T* destination) {
+SEGPOSE_INLINE void store_columns(T* destination, const typename Simd<T>::Vector& value, int64_t count) {
+#ifdef SEGPOSE_MASKED_STORE
+  SEGPOSE_MASKED_STORE(destination, value, count);
+#else
+  T values[Simd<T>::kLength < 16 ? 16 : Simd<T>::kLength];
+  store<T>(values, value);
+  const T* source = values;
   for (; count >= 8; count -= 8, source += 8, destination += 8) __builtin_memcpy(destination, source, 8 * sizeof(T));
   if (count & 4) {
     __builtin_memcpy(destination, source, 4 * sizeof(T));
@@ -41,6 +47,7 @@ void copy_columns(const T* source, int64_t count, T* destination) {
     destination += 2;
   }
   if (count & 1) *destination = *source;
+#endif
 }
 
 // torch's edges: relu(NaN) = NaN and relu(-inf) = 0, so ReLU selects instead of multiplying.
@@ -68,6 +75,50 @@ SEGPOSE_INLINE T activate_scalar(T value, Activation activation, T negative_slop
   if (activation == Activation::leaky_relu) return value > 0 ? value : value * negative_slope;
   if (activation == Activation::relu) return value < 0 ? T{0} : value;
   return value;
+}
+
+// The epilogue of a register tile: bias, activation, and rows of at most NV vectors, ragged or not.
+template <class T, int MR, int NV, class Args>
+SEGPOSE_INLINE void finish_tile(const Args& args, typename Simd<T>::Vector (&sums)[MR][NV], T* const (&out)[MR]) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  if (args.bias != nullptr) {
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vector bias = load<T>(args.bias + v * kLength);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) sums[m][v] += bias;
+    }
+  }
+  if (args.activation == Activation::leaky_relu) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] = leaky_relu<T>(sums[m][v], args.negative_slope);
+    }
+  } else if (args.activation == Activation::relu) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[m][v] = relu<T>(sums[m][v]);
+    }
+  }
+  if (args.columns >= NV * kLength) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) store<T>(out[m] + v * kLength, sums[m][v]);
+    }
+    return;
+  }
+  SEGPOSE_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const int64_t left = args.columns - v * kLength;
+    const int64_t count = left < kLength ? left : kLength;
+    if (count <= 0) return;
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) store_columns<T>(out[m] + v * kLength, sums[m][v], count);
+  }
 }
 
 // B comes from L2; asking for it this many steps ahead gains about 3% over the hardware's own prefetching.
@@ -117,42 +168,78 @@ void gemm_tile(const GemmArgs<T>& args) {
     }
     return;
   }
-  if (args.bias != nullptr) {
-    SEGPOSE_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const Vector bias = load<T>(args.bias + v * kLength);
-      SEGPOSE_UNROLL
-      for (int m = 0; m < MR; ++m) sums[m][v] += bias;
-    }
-  }
-  if (args.activation == Activation::leaky_relu) {
-    SEGPOSE_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) sums[m][v] = leaky_relu<T>(sums[m][v], args.negative_slope);
-    }
-  } else if (args.activation == Activation::relu) {
-    SEGPOSE_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) sums[m][v] = relu<T>(sums[m][v]);
-    }
-  }
-  if (args.columns >= NV * kLength) {
-    SEGPOSE_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) store<T>(args.out[m] + v * kLength, sums[m][v]);
-    }
-    return;
-  }
-  T tile[MR * NV * kLength];
+  T* out[MR];
   SEGPOSE_UNROLL
-  for (int m = 0; m < MR; ++m) {
-    SEGPOSE_UNROLL
-    for (int v = 0; v < NV; ++v) store<T>(tile + (m * NV + v) * kLength, sums[m][v]);
+  for (int m = 0; m < MR; ++m) out[m] = args.out[m];
+  finish_tile<T>(args, sums, out);
+}
+
+// Odd multiples of the distance between pixels, in bytes: with the scales of addressing modes seven registers reach
+// fourteen pixels.
+struct PixelSteps {
+  int64_t by1, by3, by5, by7, by9, by11, by13;
+
+  // Multiples belong into addressing modes: hoisted out of a loop, they would not fit registers.
+  template <int Pixels>
+  SEGPOSE_INLINE void keep() {
+    if constexpr (Pixels > 1) __asm__("" : "+r"(by1));
+    if constexpr (Pixels > 3) __asm__("" : "+r"(by3));
+    if constexpr (Pixels > 5) __asm__("" : "+r"(by5));
+    if constexpr (Pixels > 7) __asm__("" : "+r"(by7));
+    if constexpr (Pixels > 9) __asm__("" : "+r"(by9));
+    if constexpr (Pixels > 11) __asm__("" : "+r"(by11));
+    if constexpr (Pixels > 13) __asm__("" : "+r"(by13));
   }
-  for (int m = 0; m < MR; ++m) copy_columns<T>(tile + m * NV * kLength, args.columns, args.out[m]);
+
+  SEGPOSE_INLINE int64_t bytes(int m) const {
+    const int odd = m >> __builtin_ctz(m | 16);
+    const int64_t step = odd == 1    ? by1
+                         : odd == 3  ? by3
+                         : odd == 5  ? by5
+                         : odd == 7  ? by7
+                         : odd == 9  ? by9
+                         : odd == 11 ? by11
+                                     : by13;
+    return m == 0 ? 0 : step * (m / (odd == 0 ? 1 : odd));
+  }
+};
+
+template <class T>
+SEGPOSE_INLINE T pixel_value(const T* a, const PixelSteps& steps, int m) {
+  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(a) + steps.bytes(m));
+}
+
+template <class T, int MR, int NV>
+void rows_tile(const RowsArgs<T>& args) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  static_assert(MR <= 14);
+  const int64_t step_bytes = args.a_step * static_cast<int64_t>(sizeof(T));
+  const int64_t two = 2 * step_bytes, four = 4 * step_bytes, six = two + four;
+  PixelSteps steps{step_bytes,          step_bytes + two,      step_bytes + four,
+                   step_bytes + six,    step_bytes + 2 * four, step_bytes + six + four,
+                   step_bytes + 2 * six};
+  Vector sums[MR][NV] = {};
+  const T* b = args.b;
+  for (int64_t i = 0; i < args.count; ++i) {
+    const T* a = args.a + args.runs[i];
+    for (int64_t step = 0; step < args.depth; ++step, ++a, b += NV * kLength) {
+      steps.keep<MR>();
+      Vector row[NV];
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) row[v] = load<T>(b + v * kLength);
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const T value = pixel_value(a, steps, m);
+        SEGPOSE_UNROLL
+        for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+      }
+    }
+  }
+  T* out[MR];
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) out[m] = args.out + m * args.out_step;
+  finish_tile<T>(args, sums, out);
 }
 
 template <class T, int MR, int NV>
@@ -404,6 +491,11 @@ void mask_line(const MaskArgs<T>& args) {
 template <class T, int MR, int NV>
 constexpr GemmTile<T> gemm_entry() {
   return {MR, NV * Simd<T>::kLength, gemm_tile<T, MR, NV>};
+}
+
+template <class T, int MR, int NV>
+constexpr RowsTile<T> rows_entry() {
+  return {MR, NV * Simd<T>::kLength, rows_tile<T, MR, NV>};
 }
 
 template <class T, int MR, int NV>

@@ -37,6 +37,31 @@ struct GemmTile {
   void (*run)(const GemmArgs<T>&);
 };
 
+// The same for pixels at equal distances: C[m][nr] = sum over runs and depth of a[runs[i] + m * a_step + d] *
+// b[i][d][nr].
+template <class T>
+struct RowsArgs {
+  const T* a;
+  int64_t a_step;       // elements from one pixel to the next
+  const int64_t* runs;  // [count] elements from `a`
+  int64_t count;
+  int64_t depth;
+  const T* b;  // [count][depth][nr] packed
+  T* out;
+  int64_t out_step;  // elements from one pixel to the next
+  int64_t columns;   // valid columns of the last panel, <= nr
+  const T* bias;     // [nr], or null
+  Activation activation;
+  T negative_slope;
+};
+
+template <class T>
+struct RowsTile {
+  int mr;
+  int nr;
+  void (*run)(const RowsArgs<T>&);
+};
+
 // Consecutive pixel pairs of a wgrad reduction.
 template <class T>
 struct Segment {
@@ -93,6 +118,7 @@ struct MaskArgs {
 
 constexpr int kMaxGemmTiles = 3;
 constexpr int kMaxWgradTiles = 12;
+constexpr int kMaxRowsTiles = 10;
 constexpr int kDepthwiseRows = 4;
 
 template <class T>
@@ -102,6 +128,8 @@ struct Ukernels {
   GemmTile<T> gemm[kMaxGemmTiles];  // narrow to wide
   int wgrad_tiles;
   WgradTile<T> wgrad[kMaxWgradTiles];  // wide and tall first
+  int rows_tiles;
+  RowsTile<T> rows[kMaxRowsTiles];  // wide and tall first; every width has tiles of one row
   void (*depthwise)(const DepthwiseArgs<T>&);
   void (*depthwise_wgrad)(const WgradArgs<T>&, int64_t channels);  // out[c] += sum of g[pixel][c] * x[pixel][c]
   void (*load_row)(DType dtype, const void* source, int64_t count, T* row);

@@ -12,6 +12,14 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace segpose::avx512 {
 
+inline void masked_store(float* destination, __m512 value, int64_t count) {
+  _mm512_mask_storeu_ps(destination, static_cast<__mmask16>((1u << count) - 1), value);
+}
+inline void masked_store(double* destination, __m512d value, int64_t count) {
+  _mm512_mask_storeu_pd(destination, static_cast<__mmask8>((1u << count) - 1), value);
+}
+#define SEGPOSE_MASKED_STORE masked_store
+
 #include "ukernels-inl.h"
 
 // 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
@@ -25,6 +33,10 @@ constexpr Ukernels<T> table() {
           {wgrad_entry<T, 6, 4>(), wgrad_entry<T, 4, 4>(), wgrad_entry<T, 2, 4>(), wgrad_entry<T, 1, 4>(),
            wgrad_entry<T, 8, 2>(), wgrad_entry<T, 4, 2>(), wgrad_entry<T, 2, 2>(), wgrad_entry<T, 1, 2>(),
            wgrad_entry<T, 8, 1>(), wgrad_entry<T, 4, 1>(), wgrad_entry<T, 2, 1>(), wgrad_entry<T, 1, 1>()},
+          10,
+          {rows_entry<T, 14, 2>(), rows_entry<T, 7, 2>(), rows_entry<T, 4, 2>(), rows_entry<T, 2, 2>(),
+           rows_entry<T, 1, 2>(), rows_entry<T, 14, 1>(), rows_entry<T, 7, 1>(), rows_entry<T, 4, 1>(),
+           rows_entry<T, 2, 1>(), rows_entry<T, 1, 1>()},
           depthwise_rows<T>,
           depthwise_wgrad_row<T>,
           load_row<T>,

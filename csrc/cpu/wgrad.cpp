@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "row_table.h"
-#include "staging.h"
+#include "rows_stage.h"
 
 namespace segpose {
 namespace {
@@ -13,14 +13,19 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathered; }
 
-// The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or all taps when
-// gathered.
+bool in_rows(const Plan& plan) { return plan.algorithm == Algorithm::rows; }
+
+// The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or several whose
+// columns follow each other: all when gathered, a run of a row in bands of rows.
 struct PartialLayout {
-  int64_t groups, units, filters, padded;
+  int64_t groups, units, unit_taps, filters, padded;
 
   explicit PartialLayout(const Plan& plan) {
     groups = plan.gemm_groups();
-    units = is_gathered(plan) ? 1 : plan.problem.taps();
+    unit_taps = is_gathered(plan) ? plan.problem.taps()
+                : in_rows(plan)   ? merge_taps(plan.phases.front(), plan.problem.groups == 1).taps
+                                  : 1;
+    units = plan.problem.taps() / unit_taps;
     filters = plan.problem.k_per_group();
     padded = plan.padded_columns();
   }
@@ -93,6 +98,23 @@ struct Scratch {
   }
 };
 
+template <class T>
+struct BandScratch {
+  BandStage<T> band;
+  Segment<T>* segments;
+
+  BandScratch(const Plan& plan, TensorView activation, Arena& arena)
+      : band(plan.rows, {rows_view(plan, activation), nullptr}, arena),
+        segments(arena.take<Segment<T>>(plan.rows.images * plan.rows.rows)) {}
+
+ private:
+  // Measuring needs the channels only.
+  static TensorView rows_view(const Plan& plan, TensorView activation) {
+    if (activation.data != nullptr) return activation;
+    return nhwc_view(nullptr, compute_dtype<T>(), plan.problem.n, plan.problem.c, plan.problem.h, plan.problem.w);
+  }
+};
+
 // Every panel and filter tile of one block of pixels.
 template <class T>
 void accumulate_tiles(const Plan& plan, const Ukernels<T>& kernels, WgradArgs<T> args, int64_t g_base, int64_t x_base,
@@ -108,6 +130,45 @@ void accumulate_tiles(const Plan& plan, const Ukernels<T>& kernels, WgradArgs<T>
         args.g_offset = g_base + filter;
         args.out = out + filter * padded + panel.column;
         tile.run(args);
+      }
+    }
+  }
+}
+
+// One split of bands of rows: every filter and run of taps.
+template <class T>
+void run_bands(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t split, BandStage<T>& band,
+               Segment<T>* segments) {
+  const Plan& plan = *launch.plan;
+  const ConvProblem& problem = plan.problem;
+  const RowsPlan& rows = plan.rows;
+  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
+  T* partials = launch.partials + split * layout.size();
+  std::fill_n(partials, layout.size(), T{0});
+  const PhaseRuns merged = merge_taps(plan.phases.front(), problem.groups == 1);
+  const int64_t bands = ceil_div(problem.p, rows.rows);
+  const int64_t blocks = ceil_div(problem.n, rows.images) * bands;
+  WgradArgs<T> args{};
+  args.segments = segments;
+  args.g_step = launch.grad.stride_w;
+  args.x_step = problem.stride_w * problem.c;
+  for (int64_t block = blocks * split / plan.splits; block < blocks * (split + 1) / plan.splits; ++block) {
+    const int64_t image = block / bands * rows.images;
+    const int64_t row = block % bands * rows.rows;
+    const int64_t images = std::min(rows.images, problem.n - image);
+    band.load(kernels, image, images, row);
+    args.count = 0;
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t r = 0; r < std::min(rows.rows, problem.p - row); ++r) {
+        segments[args.count++] = {launch.grad.template as<T>() + launch.grad.offset(image + i, row + r, 0),
+                                  band.data() + i * band.image_size() + r * rows.row_step * band.row_size(), problem.q};
+      }
+    }
+    for (int64_t group = 0; group < layout.groups; ++group) {
+      for (int64_t unit = 0; unit < layout.units; ++unit) {
+        const int64_t x = run_offset(rows, merged.runs[static_cast<size_t>(unit)], problem.c);
+        accumulate_tiles(plan, kernels, args, group * layout.filters, x + group * problem.c_per_group(), layout.filters,
+                         partials + layout.row(group, unit, 0), layout.padded);
       }
     }
   }
@@ -151,7 +212,18 @@ void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t
       continue;
     }
     const Tap& tap = plan.phases.front().taps[static_cast<size_t>(unit)];
-    args.count = fill_segments(launch, tap, begin, end, scratch.segments);
+    if (problem.p * problem.q == 1) {
+      // One pixel an image: the images are the run.
+      const bool inside = tap.off_h >= 0 && tap.off_h < problem.h && tap.off_w >= 0 && tap.off_w < problem.w;
+      args.g_step = launch.grad.stride_n;
+      args.x_step = launch.activation.stride_n;
+      args.count = inside ? 1 : 0;
+      scratch.segments[0] = {launch.grad.template as<T>() + launch.grad.offset(begin, 0, 0),
+                             launch.activation.template as<T>() + launch.activation.offset(begin, tap.off_h, tap.off_w),
+                             end - begin};
+    } else {
+      args.count = fill_segments(launch, tap, begin, end, scratch.segments);
+    }
     if (args.count == 0) continue;
     if (plan.algorithm == Algorithm::depthwise) {
       args.out = out;
@@ -174,9 +246,8 @@ void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout,
   for_each_task(executor, problem.k, [&](int64_t k, int64_t) {
     for (int64_t t = 0; t < problem.taps(); ++t) {
       const int64_t base = depthwise ? layout.row(0, t, 0) + k
-                           : is_gathered(plan)
-                               ? layout.row(k / problem.k_per_group(), 0, k % problem.k_per_group()) + t * channels
-                               : layout.row(k / problem.k_per_group(), t, k % problem.k_per_group());
+                                     : layout.row(k / layout.filters, t / layout.unit_taps, k % layout.filters) +
+                                           t % layout.unit_taps * channels;
       const int64_t start = k * out.stride_k + t / problem.s * out.stride_r + t % problem.s * out.stride_s;
       for (int64_t c = 0; c < channels; ++c) {
         T sum = launch.partials[base + c];
@@ -203,7 +274,11 @@ int64_t wgrad_partials(const Plan& plan) {
 template <class T>
 int64_t wgrad_scratch(const Plan& plan) {
   Arena arena(nullptr);
-  Scratch<T> scratch(plan, arena);
+  if (in_rows(plan)) {
+    const BandScratch<T> scratch(plan, {}, arena);
+  } else {
+    const Scratch<T> scratch(plan, arena);
+  }
   return arena.used();
 }
 
@@ -213,6 +288,14 @@ void launch_wgrad(const WgradLaunch<T>& launch, const Executor& executor) {
   const PartialLayout layout(plan);
   const int64_t k_blocks = ceil_div(layout.filters, plan.k_block);
   const int64_t scratch_bytes = wgrad_scratch<T>(plan);
+  if (in_rows(plan)) {
+    for_each_task(executor, plan.splits, [&](int64_t split, int64_t worker) {
+      Arena arena(launch.scratch + worker * scratch_bytes);
+      BandScratch<T> scratch(plan, launch.activation, arena);
+      run_bands(launch, layout, split, scratch.band, scratch.segments);
+    });
+    return reduce_and_store(launch, layout, executor);
+  }
   for_each_task(executor, plan.splits * layout.groups * layout.units * k_blocks, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, arena);

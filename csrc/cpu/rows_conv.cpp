@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "rows_conv.h"
+
+#include <algorithm>
+
+#include "rows_stage.h"
+
+namespace segpose {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Pixels of a line of tiles: the columns of a row, or the images of a task.
+int64_t most_pixels(const Plan& plan) {
+  int64_t most = plan.rows.along_images ? plan.rows.images : 1;
+  for (const Phase& phase : plan.phases) most = std::max(most, plan.rows.along_images ? most : phase.cols);
+  return most;
+}
+
+template <class T>
+struct Scratch {
+  BandStage<T> band;
+  T* line;           // results of a line of tiles on their way to another layout or dtype
+  int64_t* offsets;  // of its pixels
+
+  Scratch(const Plan& plan, const MaskedSource& source, Arena& arena) : band(plan.rows, source, arena) {
+    int64_t widest = 1;
+    for (const Panel& panel : plan.panels) widest = std::max(widest, panel.nr);
+    line = arena.take<T>(most_pixels(plan) * widest);
+    offsets = arena.take<int64_t>(most_pixels(plan));
+  }
+};
+
+// Where the runs of every phase lie in a band, for the first group.
+struct RunOffsets {
+  std::vector<std::vector<int64_t>> offsets;
+  std::vector<int64_t> depth;
+
+  RunOffsets(const Plan& plan, int64_t channels) {
+    for (const Phase& phase : plan.phases) {
+      const PhaseRuns merged = merge_taps(phase, plan.problem.groups == 1);
+      std::vector<int64_t>& list = offsets.emplace_back();
+      for (const Run& run : merged.runs) list.push_back(run_offset(plan.rows, run, channels));
+      depth.push_back(merged.taps * plan.depth());
+    }
+  }
+};
+
+// One phase and panel of a task.
+template <class T>
+class PanelRows {
+ public:
+  PanelRows(const RowsLaunch<T>& launch, const RunOffsets& runs, Scratch<T>& scratch, size_t phase, const Panel& panel,
+            int64_t group)
+      : launch_(launch), scratch_(scratch), phase_(launch.plan->phases[phase]), panel_(panel) {
+    const Plan& plan = *launch.plan;
+    source_channel_ = group * plan.depth();
+    args_.runs = runs.offsets[phase].data();
+    args_.count = static_cast<int64_t>(runs.offsets[phase].size());
+    args_.depth = runs.depth[phase];
+    args_.columns = panel.columns;
+    args_.bias = launch.bias == nullptr ? nullptr : launch.bias + group * plan.padded_columns() + panel.column;
+    args_.activation = launch.epilogue.activation;
+    args_.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
+    channel_ = group * plan.columns() + panel.column;
+    direct_ = launch.destination.has_channel_rows(compute_dtype<T>());
+  }
+
+  void run(const T* packed, int64_t image, int64_t images, int64_t row, int64_t rows) {
+    const RowsPlan& plan = launch_.plan->rows;
+    const int64_t pixel = launch_.source.view.c;
+    args_.b = packed;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* source = scratch_.band.data() + source_channel_ + r * phase_.istep_h * scratch_.band.row_size();
+      if (plan.along_images) {
+        for (int64_t col = 0; col < phase_.cols; ++col) {
+          run_line(source + col * phase_.istep_w * pixel, scratch_.band.image_size(), images,
+                   offset(image, row + r, col), launch_.destination.stride_n);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < images; ++i) {
+        run_line(source + i * scratch_.band.image_size(), phase_.istep_w * pixel, phase_.cols,
+                 offset(image + i, row + r, 0), phase_.ostep_w * launch_.destination.stride_w);
+      }
+    }
+  }
+
+ private:
+  int64_t offset(int64_t image, int64_t row, int64_t col) const {
+    return launch_.destination.offset(image, phase_.oh + row * phase_.ostep_h, phase_.ow + col * phase_.ostep_w);
+  }
+
+  // `pixels` of them, `step` apart in the source and `out_step` in the destination.
+  void run_line(const T* source, int64_t step, int64_t pixels, int64_t out, int64_t out_step) {
+    const Ukernels<T>& kernels = ukernels<T>(launch_.plan->isa);
+    T* const line = direct_ ? launch_.destination.template as<T>() + out + channel_ : scratch_.line;
+    args_.a_step = step;
+    args_.out_step = direct_ ? out_step : panel_.nr;
+    int64_t done = 0;
+    for (int i = 0; i < kernels.rows_tiles; ++i) {
+      const RowsTile<T>& tile = kernels.rows[i];
+      if (tile.nr != panel_.nr) continue;
+      for (; done + tile.mr <= pixels; done += tile.mr) {
+        args_.a = source + done * step;
+        args_.out = line + done * args_.out_step;
+        tile.run(args_);
+      }
+    }
+    if (direct_) return;
+    for (int64_t m = 0; m < pixels; ++m) scratch_.offsets[m] = out + m * out_step;
+    unstage_block(kernels, line, panel_.nr, pixels, panel_.columns, launch_.destination, scratch_.offsets, channel_);
+  }
+
+  const RowsLaunch<T>& launch_;
+  Scratch<T>& scratch_;
+  const Phase& phase_;
+  const Panel& panel_;
+  RowsArgs<T> args_{};
+  int64_t source_channel_;
+  int64_t channel_;
+  bool direct_;
+};
+
+template <class T>
+void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, int64_t image, int64_t row, Scratch<T>& scratch) {
+  const Plan& plan = *launch.plan;
+  const int64_t images = std::min(plan.rows.images, plan.problem.n - image);
+  scratch.band.load(ukernels<T>(plan.isa), image, images, row);
+  for (int64_t group = 0; group < plan.problem.groups; ++group) {
+    for (const Panel& panel : plan.panels) {
+      for (size_t p = 0; p < plan.phases.size(); ++p) {
+        const Phase& phase = plan.phases[p];
+        const int64_t rows = std::min(plan.rows.rows, phase.rows - row);
+        if (rows <= 0) continue;
+        const auto index = static_cast<int64_t>(p);
+        PanelRows<T> work(launch, runs, scratch, p, panel, group);
+        work.run(
+            launch.packed + launch.layout->phase_offset(index) + launch.layout->panel_offset(plan, index, group, panel),
+            image, images, row, rows);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+int64_t rows_scratch(const Plan& plan, const MaskedSource& source) {
+  Arena arena(nullptr);
+  const Scratch<T> scratch(plan, source, arena);
+  return arena.used();
+}
+
+template <class T>
+void launch_rows(const RowsLaunch<T>& launch, const Executor& executor) {
+  const Plan& plan = *launch.plan;
+  int64_t most_rows = 0;
+  for (const Phase& phase : plan.phases) most_rows = std::max(most_rows, phase.rows);
+  const int64_t bands = ceil_div(most_rows, plan.rows.rows);
+  const int64_t scratch_bytes = rows_scratch<T>(plan, launch.source);
+  const RunOffsets runs(plan, launch.source.view.c);
+  for_each_task(executor, ceil_div(plan.problem.n, plan.rows.images) * bands, [&](int64_t task, int64_t worker) {
+    Arena arena(launch.scratch + worker * scratch_bytes);
+    Scratch<T> scratch(plan, launch.source, arena);
+    run_task(launch, runs, task / bands * plan.rows.images, task % bands * plan.rows.rows, scratch);
+  });
+}
+
+template int64_t rows_scratch<float>(const Plan&, const MaskedSource&);
+template int64_t rows_scratch<double>(const Plan&, const MaskedSource&);
+template void launch_rows<float>(const RowsLaunch<float>&, const Executor&);
+template void launch_rows<double>(const RowsLaunch<double>&, const Executor&);
+
+}  // namespace segpose
