@@ -2,10 +2,17 @@
 #include "packing.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "staging.h"
 
 namespace segpose {
+namespace {
+
+// Values that one thread packs before others have woken up.
+constexpr int64_t kSerialPack = 16 << 10;
+
+}  // namespace
 
 FilterStrides filter_strides(const Plan& plan, const FilterView& filter) {
   if (plan.algorithm == Algorithm::depthwise) return {0, filter.stride_k, 0};
@@ -32,15 +39,9 @@ void gather_filter(const FilterView& filter, int64_t start, int64_t row_step, in
   if (filter.dtype == compute_dtype<T>()) {
     const T* source = static_cast<const T*>(filter.data) + start;
     if (row_step == 1) {
-      // Reads whole lines and writes 16 rows at a time, which stay in L1.
-      constexpr int64_t kRows = 16;
-      for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
-        const int64_t count = std::min(kRows, rows - i0);
-        for (int64_t j = 0; j < columns; ++j) {
-          const T* line = source + j * column_step + i0;
-          for (int64_t i = 0; i < count; ++i) out[(i0 + i) * width + j] = line[i];
-        }
-      }
+      ukernels<T>(selected_isa()).transpose(source, column_step, columns, rows, out, width);
+    } else if (column_step == 1) {
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(source + i * row_step, columns, out + i * width);
     } else {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) out[i * width + j] = source[i * row_step + j * column_step];
@@ -61,23 +62,26 @@ template <class T>
 void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
                  const Executor& executor) {
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
+  const int64_t blocks = plan.gemm_groups() * panels;  // of a tap
   const int64_t from = plan.depth();
   const FilterStrides strides = filter_strides(plan, filter);
+  std::vector<std::pair<size_t, int64_t>> taps;  // of every phase
   for (size_t p = 0; p < plan.phases.size(); ++p) {
-    const Phase& phase = plan.phases[p];
-    const int64_t taps = static_cast<int64_t>(phase.taps.size());
-    T* base = packed + layout.phase_offset(static_cast<int64_t>(p));
-    for_each_task(executor, plan.gemm_groups() * panels * taps, [&](int64_t task, int64_t) {
-      const int64_t t = task % taps;
-      const Panel& panel = plan.panels[static_cast<size_t>(task / taps % panels)];
-      const int64_t group = task / (taps * panels);
-      const Tap& tap = phase.taps[static_cast<size_t>(t)];
-      T* block = base + layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
-      const int64_t start =
-          group * strides.group + panel.column * strides.column + tap.r * filter.stride_r + tap.s * filter.stride_s;
-      gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr, block);
-    });
+    for (size_t t = 0; t < plan.phases[p].taps.size(); ++t) taps.emplace_back(p, static_cast<int64_t>(t));
   }
+  const Executor serial{1, nullptr};
+  for_each_task(layout.size() < kSerialPack ? serial : executor, static_cast<int64_t>(taps.size()) * blocks,
+                [&](int64_t task, int64_t) {
+                  const auto [p, t] = taps[static_cast<size_t>(task / blocks)];
+                  const Panel& panel = plan.panels[static_cast<size_t>(task % panels)];
+                  const int64_t group = task % blocks / panels;
+                  const Tap& tap = plan.phases[p].taps[static_cast<size_t>(t)];
+                  T* block = packed + layout.phase_offset(static_cast<int64_t>(p)) +
+                             layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
+                  const int64_t start = group * strides.group + panel.column * strides.column +
+                                        tap.r * filter.stride_r + tap.s * filter.stride_s;
+                  gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr, block);
+                });
 }
 
 template <class T>

@@ -32,16 +32,22 @@ constexpr int64_t kWgradPartialBytes = 32 << 20;
 // Partial sums of a wgrad over bands of rows.
 constexpr int64_t kRowsWgradSplits = 24;
 constexpr int64_t kRowsWgradValues = 1 << 20;
-// Cycles of copying a tap of a pixel, and of starting a run of pixels in a wgrad tile.
-constexpr double kGatherCycles = 14;
+// Cycles of copying a tap of a pixel, and of starting a run of pixels in a wgrad tile. Panels of one vector wait for
+// loads.
+constexpr double kGatherCycles = 7;
 constexpr double kSegmentCycles = 12;
+constexpr double kNarrowWgrad = 1.8;
+// Cycles of a value that comes from memory, or from a filter larger than L2 for every task.
+constexpr double kMemoryCycles = 0.25;
+constexpr double kFilterCycles = 0.5;
+constexpr double kCacheValues = 256 << 10;
 // Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
-constexpr double kPixelCycles = 10;
+constexpr double kPixelCycles = 14;
 constexpr double kPointerCycles = 0.7;
 // Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; and of a
 // pass whatever its size.
 constexpr double kTileCycles = 24;
-constexpr double kStoreCycles = 4;
+constexpr double kStoreCycles = 12;
 constexpr double kSplitCycles = 4;
 constexpr double kSplitPass = 75e3;
 // Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
@@ -188,8 +194,10 @@ double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Pan
   const int64_t channels = plan.depth() * plan.problem.groups;
   const double tasks = std::ceil(static_cast<double>(plan.problem.n) / static_cast<double>(rows.images)) *
                        std::ceil(most_rows / static_cast<double>(rows.rows));
+  const double filter = static_cast<double>(plan.problem.taps() * plan.depth() * plan.columns() * plan.problem.groups);
   return cycles * static_cast<double>(plan.problem.groups) +
-         tasks * static_cast<double>(staged_values(rows, channels)) * kStageCycles;
+         tasks * (static_cast<double>(staged_values(rows, channels)) * kStageCycles +
+                  (filter > kCacheValues ? filter * kFilterCycles : 0));
 }
 
 // Terms of a split that may be used: 0 where the machine has no tiles, the dtype has no split or a sum must be exact.
@@ -279,8 +287,11 @@ double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
   }
   const double columns = taps * static_cast<double>(padded(problem.c_per_group(), widths));
   const double runs = problem.p * problem.q == 1 ? pixels / kWgradPixels : pixels / static_cast<double>(problem.q);
+  const double values = static_cast<double>(problem.n) *
+                        static_cast<double>(problem.p * problem.q * problem.k + problem.h * problem.w * problem.c);
   return pixels * columns * filters * multiply_add_cycles(plan.isa) +
-         (runs + 1) * taps * std::ceil(filters / 6) * kSegmentCycles;
+         (runs + 1) * taps * std::ceil(filters / 6) * kSegmentCycles +
+         (values > 4 * kCacheValues ? values * taps * kMemoryCycles : 0);
 }
 
 double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
@@ -290,7 +301,8 @@ double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns
   const double columns = units * static_cast<double>(padded(merged.taps * problem.c_per_group(), widths));
   const double filters = static_cast<double>(problem.k);
   const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
-  return pixels * columns * filters * multiply_add_cycles(plan.isa) +
+  const double narrow = merged.taps * problem.c_per_group() <= widths.width[0] ? kNarrowWgrad : 1;
+  return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
          pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
          tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
          kRowsWgradSplits * columns * filters * kStageCycles;
@@ -403,7 +415,13 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
     most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
   }
   plan.block_m = std::min(kBlockM, round_up(most_rows, kRowMultiple));
-  for (const Phase& phase : plan.phases) blocks += ceil_div(plan.problem.n * phase.rows * phase.cols, plan.block_m);
+  const auto count_blocks = [&] {
+    blocks = 0;
+    for (const Phase& phase : plan.phases) blocks += ceil_div(plan.problem.n * phase.rows * phase.cols, plan.block_m);
+  };
+  for (count_blocks(); blocks < kMinTasks && plan.block_m > kRowMultiple; count_blocks()) {
+    plan.block_m = round_up(plan.block_m / 2, kRowMultiple);
+  }
   plan.k_chunk = kChunk;
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
   const int64_t panel_bytes = most_taps * plan.depth() * plan.panels.front().nr * element;

@@ -35,6 +35,10 @@ void load_image_row(const Ukernels<T>& kernels, const TensorView& view, int64_t 
     }
     return;
   }
+  if (view.stride_w == 1 && view.dtype == compute_dtype<T>()) {
+    kernels.transpose(view.template as<T>() + base, view.stride_c, view.c, view.w, row, view.c);
+    return;
+  }
   T line[kBlock];
   for (int64_t w0 = 0; w0 < view.w; w0 += kBlock) {
     const int64_t width = std::min(kBlock, view.w - w0);
@@ -172,6 +176,16 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
   if (destination.stride_c == 1 || destination.c == 1) {
     for (int64_t m = 0; m < count; ++m) {
       kernels.store_row(destination.dtype, rows + m * row_step, columns, data + (offsets[m] + channel) * size);
+    }
+    return;
+  }
+  if (destination.dtype == compute_dtype<T>()) {
+    T* plane = destination.template as<T>() + channel * destination.stride_c;
+    for (int64_t m = 0; m < count;) {
+      int64_t run = 1;
+      while (m + run < count && offsets[m + run] == offsets[m] + run) ++run;
+      kernels.transpose(rows + m * row_step, row_step, run, columns, plane + offsets[m], destination.stride_c);
+      m += run;
     }
     return;
   }

@@ -488,6 +488,79 @@ void mask_line(const MaskArgs<T>& args) {
   mask_activated<T, DType::float32>(args);
 }
 
+template <class T>
+SEGPOSE_INLINE typename Simd<T>::Vector load_columns(const T* source, int64_t count) {
+#ifdef SEGPOSE_MASKED_LOAD
+  return SEGPOSE_MASKED_LOAD(source, count);
+#else
+  T values[Simd<T>::kLength] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = source[i];
+  return load<T>(values);
+#endif
+}
+
+// Integers as wide as T, to choose lanes with.
+template <class T>
+struct Lanes {
+  typedef int64_t Vector __attribute__((vector_size(SEGPOSE_VECTOR_BYTES)));
+};
+template <>
+struct Lanes<float> {
+  typedef int32_t Vector __attribute__((vector_size(SEGPOSE_VECTOR_BYTES)));
+};
+
+// Exchanges the off-diagonal blocks of every size: Eklundh's transposition, in registers.
+template <class T, int Distance>
+SEGPOSE_INLINE void exchange_blocks(typename Simd<T>::Vector (&rows)[Simd<T>::kLength]) {
+  constexpr int kLength = Simd<T>::kLength;
+  typename Lanes<T>::Vector upper, lower;
+  SEGPOSE_UNROLL
+  for (int lane = 0; lane < kLength; ++lane) {
+    upper[lane] = lane & Distance ? kLength + lane - Distance : lane;
+    lower[lane] = lane & Distance ? kLength + lane : lane + Distance;
+  }
+  SEGPOSE_UNROLL
+  for (int i = 0; i < kLength; ++i) {
+    if (i & Distance) continue;
+    const typename Simd<T>::Vector a = rows[i], b = rows[i + Distance];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + Distance] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (Distance > 1) exchange_blocks<T, Distance / 2>(rows);
+}
+
+template <class T>
+void transpose(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* destination,
+               int64_t destination_step) {
+  constexpr int kLength = Simd<T>::kLength;
+  for (int64_t row = 0; row < rows; row += kLength) {
+    const int64_t height = rows - row < kLength ? rows - row : kLength;
+    for (int64_t column = 0; column < columns; column += kLength) {
+      const int64_t width = columns - column < kLength ? columns - column : kLength;
+      const T* from = source + row * source_step + column;
+      T* to = destination + column * destination_step + row;
+      typename Simd<T>::Vector tile[kLength] = {};
+      if (height == kLength && width == kLength) {
+        SEGPOSE_UNROLL
+        for (int i = 0; i < kLength; ++i) tile[i] = load<T>(from + i * source_step);
+        exchange_blocks<T, kLength / 2>(tile);
+        SEGPOSE_UNROLL
+        for (int i = 0; i < kLength; ++i) store<T>(to + i * destination_step, tile[i]);
+        continue;
+      }
+      SEGPOSE_UNROLL
+      for (int i = 0; i < kLength; ++i) {
+        if (i < height) tile[i] = load_columns<T>(from + i * source_step, width);
+      }
+      exchange_blocks<T, kLength / 2>(tile);
+      SEGPOSE_UNROLL
+      for (int i = 0; i < kLength; ++i) {
+        if (i < width) store_columns<T>(to + i * destination_step, tile[i], height);
+      }
+    }
+  }
+}
+
 template <class T, int MR, int NV>
 constexpr GemmTile<T> gemm_entry() {
   return {MR, NV * Simd<T>::kLength, gemm_tile<T, MR, NV>};

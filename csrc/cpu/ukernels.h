@@ -135,6 +135,9 @@ struct Ukernels {
   void (*load_row)(DType dtype, const void* source, int64_t count, T* row);
   void (*store_row)(DType dtype, const T* row, int64_t count, void* destination);
   void (*mask_line)(const MaskArgs<T>&);
+  // destination[column][row] = source[row][column], each with elements from one row to the next.
+  void (*transpose)(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* destination,
+                    int64_t destination_step);
 };
 
 template <class T>

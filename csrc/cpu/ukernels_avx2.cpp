@@ -31,7 +31,8 @@ constexpr Ukernels<T> table() {
           depthwise_wgrad_row<T>,
           load_row<T>,
           store_row<T>,
-          mask_line<T>};
+          mask_line<T>,
+          transpose<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

@@ -18,7 +18,14 @@ inline void masked_store(float* destination, __m512 value, int64_t count) {
 inline void masked_store(double* destination, __m512d value, int64_t count) {
   _mm512_mask_storeu_pd(destination, static_cast<__mmask8>((1u << count) - 1), value);
 }
+inline __m512 masked_load(const float* source, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), source);
+}
+inline __m512d masked_load(const double* source, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), source);
+}
 #define SEGPOSE_MASKED_STORE masked_store
+#define SEGPOSE_MASKED_LOAD masked_load
 
 #include "ukernels-inl.h"
 
@@ -41,7 +48,8 @@ constexpr Ukernels<T> table() {
           depthwise_wgrad_row<T>,
           load_row<T>,
           store_row<T>,
-          mask_line<T>};
+          mask_line<T>,
+          transpose<T>};
 }
 
 const Ukernels<float> kFloat = table<float>();

@@ -62,10 +62,17 @@ class Journal:
         """Reorder a 4-d weight in place; the Parameter object stays."""
         weight = module._parameters["weight"]
         assert weight is not None
-        if weight.is_contiguous(memory_format=torch.channels_last):
+        _, channels, rows, columns = weight.shape
+        # Written out: where an extent is 1, a contiguous weight passes for channels_last and yet
+        # does not ask for channels_last results.
+        strides = (rows * columns * channels, 1, columns * channels, channels)
+        if weight.stride() == strides:
             return
         self.formats.append((module, "weight", weight.stride()))
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        ordered = torch.empty_strided(
+            weight.shape, strides, dtype=weight.dtype, device=weight.device
+        )
+        weight.data = ordered.copy_(weight.data)
 
     def undo(self) -> None:
         """Put everything back; what the user has replaced since is left as it is."""
