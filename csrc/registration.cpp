@@ -22,11 +22,11 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   // Inference: convolutions bound to an input shape, held by a number, that write into a given output.
   m.def(
       "prepare_conv(Tensor weight, Tensor? bias, int[4] input_shape, int[2] stride, int[2] padding, "
-      "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope, int max_bytes) "
-      "-> int");
+      "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope, int max_bytes, "
+      "int[] donors) -> int");
   m.def("run_prepared(int handle, Tensor input, Tensor(a!) output) -> ()");
   m.def("first_stale(int[] handles) -> int");
-  m.def("prepared_info(int handle) -> (str, int)");
+  m.def("prepared_info(int handle) -> (str, int, int)");
   m.def("release_prepared(int handle) -> ()");
   m.def("max_pool2x2(Tensor input, Tensor(a!) output) -> ()");
   m.def("allocate_workspace(Tensor like, int bytes) -> Tensor");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Inference: convolutions bound to one input shape, with their plan made and their filter packed once, that write where
-// the caller says. Python holds them by number (segpose_kernels/inference/filters.py).
+// the caller says. Python holds them by number (segpose_kernels/swap/filters.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -65,7 +65,6 @@ struct PreparedConv {
   Epilogue epilogue;
 
   bool current() const { return weight.current() && (!bias.has_value() || bias->current()); }
-  int64_t bytes() const { return packed.has_value() ? packed->numel() : 0; }
 };
 
 class Registry {
@@ -105,23 +104,37 @@ class Registry {
   int64_t last_ = 0;
 };
 
-// Packs the filter unless it takes more than `max_bytes`.
+// The packed filter of one of these, if it fits.
+OptionalTensor packed_by(const Ints& donors, const Plan& plan, const Tensor& weight) {
+  for (const int64_t handle : donors) {
+    const std::shared_ptr<const PreparedConv> donor = Registry::instance().get(handle);
+    if (donor->packed.has_value() && donor->weight.tensor().data_ptr() == weight.data_ptr() && donor->current() &&
+        same_packing(donor->plan, plan)) {
+      return donor->packed;
+    }
+  }
+  return std::nullopt;
+}
+
+// Takes the packed filter of a donor, which was prepared from the same weight for another shape, or packs its own
+// unless that takes more than `max_bytes`.
 int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints input_shape, Ints stride, Ints padding,
                      Ints output_padding, Ints dilation, int64_t groups, bool transposed, double negative_slope,
-                     int64_t max_bytes) {
+                     int64_t max_bytes, Ints donors) {
   const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
   const ConvProblem problem = make_problem(input_shape, weight, attributes);
   const Ints output_shape = shape_of(problem, transposed);
   check_bias(bias, weight, output_shape[1]);
   STD_TORCH_CHECK(problem.n > 0 && problem.c > 0 && problem.k > 0, "segpose: an empty problem cannot be prepared");
   Plan plan = plan_for(problem, forward_pass(attributes), weight, true);
-  OptionalTensor packed;
-  if (packed_filter_bytes(plan) <= max_bytes) {
+  OptionalTensor packed = packed_by(donors, plan, weight);
+  if (!packed.has_value() && packed_filter_bytes(plan) <= max_bytes) {
     packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
     const Executor executor = torch_executor();
     const Workspace workspace(pack_workspace(plan, executor.workers), weight);
     pack_pass_filter(plan, filter_of(weight), packed->data_ptr(), workspace.data(), executor);
-  } else {
+  }
+  if (!packed.has_value()) {
     plan = plan_for(problem, forward_pass(attributes), weight);
   }
   std::optional<Snapshot> bias_snapshot;
@@ -174,9 +187,12 @@ int64_t first_stale(Ints handles) {
   return -1;
 }
 
-std::tuple<std::string, int64_t> prepared_info(int64_t handle) {
+// The plan, the bytes of the packed filter and where it lies: convolutions may share one.
+std::tuple<std::string, int64_t, int64_t> prepared_info(int64_t handle) {
   const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
-  return {conv->plan.str(), conv->bytes()};
+  const bool packed = conv->packed.has_value();
+  return {conv->plan.str(), packed ? conv->packed->numel() : 0,
+          packed ? reinterpret_cast<int64_t>(conv->packed->data_ptr()) : 0};
 }
 
 void release_prepared(int64_t handle) { Registry::instance().remove(handle); }
