@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "int[] donors) -> int");
   m.def("run_prepared(int handle, Tensor input, Tensor(a!) output) -> ()");
   m.def("first_stale(int[] handles) -> int");
+  m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");
   m.def("release_prepared(int handle) -> ()");
   m.def("max_pool2x2(Tensor input, Tensor(a!) output) -> ()");

@@ -53,6 +53,7 @@ _INFERENCE_SCHEMAS = {
     ),
     "run_prepared": "(int handle, Tensor input, Tensor(a!) output) -> ()",
     "first_stale": "(int[] handles) -> int",
+    "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",
     "release_prepared": "(int handle) -> ()",
     "max_pool2x2": "(Tensor input, Tensor(a!) output) -> ()",

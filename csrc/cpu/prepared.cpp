@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <vector>
 
 #include "passes.h"
 #include "settings.h"
@@ -33,6 +34,15 @@ class Snapshot {
   const Tensor& tensor() const { return tensor_; }
 
   bool current() const { return tensor_.data_ptr() == data_ && tensor_.scalar_type() == type_ && sample() == samples_; }
+
+  // FNV-1a over what is compared.
+  int64_t hash(int64_t seed) const {
+    auto value = static_cast<uint64_t>(seed);
+    const auto mix = [&](int64_t word) { value = (value ^ static_cast<uint64_t>(word)) * 0x100000001b3u; };
+    mix(reinterpret_cast<int64_t>(data_));
+    for (const int64_t word : samples_) mix(word);
+    return static_cast<int64_t>(value);
+  }
 
  private:
   static constexpr int64_t kSamples = 16;
@@ -187,6 +197,13 @@ int64_t first_stale(Ints handles) {
   return -1;
 }
 
+// A number that differs when the memory or the sampled values of one of the tensors do.
+int64_t fingerprint(std::vector<Tensor> tensors) {
+  int64_t hash = 0;
+  for (const Tensor& tensor : tensors) hash = Snapshot(tensor).hash(hash);
+  return hash;
+}
+
 // The plan, the bytes of the packed filter and where it lies: convolutions may share one.
 std::tuple<std::string, int64_t, int64_t> prepared_info(int64_t handle) {
   const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
@@ -209,6 +226,7 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
   m.impl("prepare_conv", TORCH_BOX(&segpose::prepare_conv));
   m.impl("run_prepared", TORCH_BOX(&segpose::run_prepared));
+  m.impl("fingerprint", TORCH_BOX(&segpose::fingerprint));
   m.impl("allocate_workspace", TORCH_BOX(&segpose::allocate_workspace));
 }
 

@@ -69,6 +69,7 @@ class Form:
         weight: Tensor,
         bias: Tensor | None,
         settings: int,
+        input_shape: Shape,
         output_shape: Shape,
     ) -> None:
         self.handle = handle
@@ -77,6 +78,7 @@ class Form:
         self.versions = _versions(weight, bias)
         self.settings = settings
         self.plan, self.bytes, self.address = torch.ops.segpose.prepared_info(handle)
+        self.input_shape = input_shape
         self.output_shape = output_shape
 
     def matches(self, weight: Tensor, bias: Tensor | None, settings: int) -> bool:
@@ -201,7 +203,7 @@ class FilterCache:
                 room,
                 [form.handle for form in forms.values()],
             )
-        return Form(handle, weight, bias, settings, output_shape(weight, shape, geometry))
+        return Form(handle, weight, bias, settings, shape, output_shape(weight, shape, geometry))
 
     def _bytes(self) -> int:
         places = {
@@ -233,6 +235,13 @@ def settings_key() -> int:
 def first_stale(handles: Sequence[int]) -> int:
     """Position of the first whose weight or bias has other memory or values now, or -1."""
     return int(torch.ops.segpose.first_stale(handles))
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number of the tensors' memory, and on CPU of a few of their values."""
+    if backends.LIBRARY.has_kernels_for("CPU") and all(t.device.type == "cpu" for t in tensors):
+        return int(torch.ops.segpose.fingerprint(tensors))
+    return hash(tuple(t.data_ptr() for t in tensors))
 
 
 def run_prepared(form: Form, input: Tensor, output: Tensor) -> None:

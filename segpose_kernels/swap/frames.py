@@ -69,7 +69,7 @@ class Instruction:
         kind: "conv", "pool", "cat", or "step" for one that runs as it is.
         layer: number of the layer of a convolution.
         expects: what its source must look like, where code of the model made it.
-        new: tensors to allocate first, as (value, Seen, channels_last).
+        new: tensors to allocate first.
         slices: views to take of them, as (value, root, first channel, channels).
         copies: inputs of a concatenation that lie elsewhere, as (value, first channel, channels).
         drops: values that nothing reads later.
@@ -78,7 +78,7 @@ class Instruction:
     kind: str = "step"
     layer: int = -1
     expects: Seen | None = None
-    new: list[tuple[int, Seen, bool]] = field(default_factory=list)
+    new: list[tuple[int, Seen]] = field(default_factory=list)
     slices: list[tuple[int, int, int, int]] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)
@@ -87,10 +87,9 @@ class Instruction:
 class Blueprint:
     """The placement of all values for one signature of inputs."""
 
-    def __init__(self, steps: Steps, seen: Sequence[Seen | None], contiguous: bool) -> None:
+    def __init__(self, steps: Steps, seen: Sequence[Seen | None]) -> None:
         self.steps = steps
         self.seen = seen
-        self.contiguous = contiguous
         self.layers: list[Layer] = []
         self.code: list[Instruction] = []
         for step in steps.steps:
@@ -198,18 +197,12 @@ class Blueprint:
             if self._is_private(root):
                 lifetimes[root] = start, max(steps.last_read(index) for index in inside)
                 continue
-            self.code[start].new.append((root, self._seen(root), self._is_channels_last(root)))
+            self.code[start].new.append((root, self._seen(root)))
             for index in inside:
                 if index != root:
                     channels = self._seen(index).shape[1]
                     self.code[start].slices.append((index, root, self._root(index)[1], channels))
         self._fill_arena(lifetimes)
-
-    def _is_channels_last(self, index: int) -> bool:
-        """Results that only the caller sees come as the caller's inputs did."""
-        only_output = index in self.steps.outputs and not self.steps.readers.get(index)
-        convolution = isinstance(self.steps.steps[self.steps.writers[index]], ConvStep)
-        return not (self.contiguous and only_output and convolution)
 
     def _fill_arena(self, lifetimes: dict[int, tuple[int, int]]) -> None:
         """Largest first, each at the lowest place that is free for as long as it lives."""
@@ -315,8 +308,10 @@ class Frame:
         max_pool2x2 = torch.ops.segpose.max_pool2x2.default
         for position, code in enumerate(blueprint.code):
             step = steps.steps[position]
-            for index, seen, channels_last in code.new:
-                values[index] = _empty(seen, channels_last)
+            for index, seen in code.new:
+                values[index] = torch.empty(
+                    seen.shape, dtype=seen.dtype, memory_format=torch.channels_last
+                )
             for index, root, first, channels in code.slices:
                 values[index] = values[root].narrow(1, first, channels)
             if code.kind == "conv":
@@ -358,8 +353,3 @@ def first_run(steps: Steps, inputs: Sequence[Any]) -> tuple[Any, list[Seen | Non
             if steps.last_read(index) == position and index not in steps.outputs:
                 values[index] = None
     return fill(steps.output, values), seen
-
-
-def _empty(seen: Seen, channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(seen.shape, dtype=seen.dtype, memory_format=memory_format)

@@ -48,10 +48,7 @@ class Program:
         blueprint = self._blueprints.get(signature)
         if blueprint is None:
             output, seen = first_run(self.steps, inputs)
-            contiguous = all(
-                x.is_contiguous() for x in inputs if type(x) is Tensor and x.dim() == 4
-            )
-            blueprint = Blueprint(self.steps, seen, contiguous)
+            blueprint = Blueprint(self.steps, seen)
             with self._lock:
                 self._blueprints[signature] = blueprint
                 while len(self._blueprints) > SIGNATURES:
@@ -137,6 +134,10 @@ class InferenceForward(OwnForward):
             program = self.program = Program(self.owner, self.filters)
         return program
 
+    def notes(self) -> dict[str, str]:
+        """What the last run without gradients did with each convolution, by name."""
+        return self.program.notes() if self.program is not None else {}
+
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward without a program, module by module."""
         if self.inner is not None:
@@ -185,7 +186,7 @@ def _signature(inputs: Sequence[Any]) -> Signature | None:
         if type(x) is Tensor:
             if x.layout is not torch.strided or x.device.type != "cpu":
                 return None
-            parts.append((x.shape, x.dtype, x.is_contiguous()))
+            parts.append((x.shape, x.dtype))
         elif isinstance(x, PLAIN):
             parts.append((type(x), x))
         else:

@@ -18,6 +18,7 @@ from .eligible import FUSED_TYPES, Conv, Fused, has_call_hooks
 from .filters import (
     FilterCache,
     can_prepare,
+    fingerprint,
     geometry_of,
     is_plain_inference,
     needs_no_gradient,
@@ -178,9 +179,12 @@ def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
     vars(new).update(folded_norm=norm, folded_versions=_fold_versions(new, norm))
 
 
-def _fold_versions(conv: Fused, norm: nn.BatchNorm2d) -> list[tuple[int, int]]:
+def _fold_versions(conv: Fused, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+    """Differs when a tensor that was folded has changed; on CPU also past the version counter."""
     own = (*conv._parameters.values(), *norm._parameters.values(), *norm._buffers.values())
-    return [(id(t), 0 if t.is_inference() else t._version) for t in own if t is not None]
+    tensors = [t for t in own if t is not None]
+    versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+    return *versions, fingerprint(tensors)
 
 
 def tensors_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
