@@ -71,8 +71,17 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("name", "problem", "activation", "backend", "GFLOP", "MB", "inference", "plan")
-        cells = [
+        header: tuple[str, ...] = (
+            "name",
+            "problem",
+            "activation",
+            "backend",
+            "GFLOP",
+            "MB",
+            "inference",
+            "plan",
+        )
+        cells: list[tuple[str, ...]] = [
             (
                 layer.name,
                 layer.problem,
