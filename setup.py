@@ -88,6 +88,8 @@ KERNEL_SOURCES = [
     "csrc/cpu/igemm.cpp",
     "csrc/cpu/packing.cpp",
     "csrc/cpu/passes.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/prepared.cpp",
     "csrc/cpu/rows_conv.cpp",
     "csrc/cpu/split_conv.cpp",
     "csrc/cpu/split_pack.cpp",

@@ -19,17 +19,23 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "stride, "
       "SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  // Inference with a filter packed once: for inputs of one shape.
+  // Inference: convolutions bound to an input shape, held by a number, that write into a given output.
   m.def(
-      "prepare_filter(Tensor weight, int[4] input_shape, int[2] stride, int[2] padding, int[2] output_padding, "
-      "int[2] dilation, int groups, bool transposed) -> Tensor");
-  m.def(
-      "conv_act_prepared(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int[2] stride, int[2] padding, "
-      "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope) -> Tensor");
+      "prepare_conv(Tensor weight, Tensor? bias, int[4] input_shape, int[2] stride, int[2] padding, "
+      "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope, int max_bytes, "
+      "int[] donors) -> int");
+  m.def("run_prepared(int handle, Tensor input, Tensor(a!) output) -> ()");
+  m.def("first_stale(int[] handles) -> int");
+  m.def("fingerprint(Tensor[] tensors) -> int");
+  m.def("prepared_info(int handle) -> (str, int, int)");
+  m.def("release_prepared(int handle) -> ()");
+  m.def("max_pool2x2(Tensor input, Tensor(a!) output) -> ()");
+  m.def("allocate_workspace(Tensor like, int bytes) -> Tensor");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_precision(str name) -> str");
   m.def("set_algorithm(str name) -> str");
   m.def("release_workspace() -> int");
+  m.def("settings_key() -> int");
   // torch's switches for float32 convolutions on CUDA and on CPU; implemented in Python, segpose_kernels/backends.py.
   m.def("tf32_allowed() -> bool");
   m.def("cpu_float32_precision() -> str");

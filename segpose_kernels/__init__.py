@@ -15,7 +15,7 @@ from . import fastest, nn
 from .functional import conv2d_act, conv_transpose2d_act
 from .nn import Conv2dAct, ConvTranspose2dAct
 from .settings import precision, release_workspace
-from .swap import SwapReport, explain, optimize, restore, validate
+from .swap import SwapReport, explain, optimize, prepared_bytes, restore, validate
 
 __all__ = [
     "Conv2dAct",
@@ -28,6 +28,7 @@ __all__ = [
     "nn",
     "optimize",
     "precision",
+    "prepared_bytes",
     "release_workspace",
     "restore",
     "validate",

@@ -44,6 +44,23 @@ SCHEMAS = {
     ),
 }
 
+_PAIRS = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups"
+# Of the CPU kernels only.
+_INFERENCE_SCHEMAS = {
+    "prepare_conv": (
+        f"(Tensor weight, Tensor? bias, int[4] input_shape, {_PAIRS}, bool transposed, "
+        "float negative_slope, int max_bytes, int[] donors) -> int"
+    ),
+    "run_prepared": "(int handle, Tensor input, Tensor(a!) output) -> ()",
+    "first_stale": "(int[] handles) -> int",
+    "fingerprint": "(Tensor[] tensors) -> int",
+    "prepared_info": "(int handle) -> (str, int, int)",
+    "release_prepared": "(int handle) -> ()",
+    "max_pool2x2": "(Tensor input, Tensor(a!) output) -> ()",
+    "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
+    "settings_key": "() -> int",
+}
+
 
 @dataclass(frozen=True)
 class Library:
@@ -66,7 +83,7 @@ class Library:
 
 def _schema_difference() -> str | None:
     """First operator whose registered schema is not the one this version calls."""
-    for name, expected in SCHEMAS.items():
+    for name, expected in {**SCHEMAS, **_INFERENCE_SCHEMAS}.items():
         packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
         if packet is None:
             return f"it has no operator {NAMESPACE}::{name}"

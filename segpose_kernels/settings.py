@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from .backends import LIBRARY
 
-__all__ = ["precision", "release_workspace"]
+__all__ = ["keep_workspace", "precision", "release_workspace"]
 
 _MODES = ("default", "exact", "highest", "high", "medium")
 
@@ -67,9 +68,26 @@ def _set_precision(mode: str) -> str:
     return str(torch.ops.segpose.set_precision(mode)) if LIBRARY.loaded else "default"
 
 
-def release_workspace() -> int:
-    """Frees the scratch memory that the CPU kernels keep between calls; returns its bytes.
+class Workspace(Protocol):
+    """Memory that is kept between calls."""
 
-    They keep at most one buffer of up to 256 MiB for every call that ran at the same time.
+    def release(self) -> int:
+        """Free it; gives its bytes."""
+
+
+_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
+
+
+def keep_workspace(workspace: Workspace) -> None:
+    """From now on `release_workspace` frees this too; it is not kept alive for that."""
+    _workspaces.add(workspace)
+
+
+def release_workspace() -> int:
+    """Frees the scratch memory that is kept between calls; returns its bytes.
+
+    The CPU kernels keep at most one buffer of up to 256 MiB for every call that ran at the same
+    time; a model under `optimize(mode="inference")` keeps up to 256 MiB for its activations.
     """
-    return int(torch.ops.segpose.release_workspace()) if LIBRARY.loaded else 0
+    freed = sum(workspace.release() for workspace in list(_workspaces))
+    return freed + (int(torch.ops.segpose.release_workspace()) if LIBRARY.loaded else 0)

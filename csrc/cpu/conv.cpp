@@ -5,29 +5,18 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <memory>
 #include <tuple>
 
-#include "../common/checks.h"
 #include "passes.h"
+#include "settings.h"
+#include "torch_views.h"
 #include "workspace.h"
 
 namespace segpose {
 namespace {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-// An algorithm that tests and benchmarks ask for, -1 for none; read once at the start of a pass.
-std::atomic<int> forced_algorithm{-1};
-// A precision that the user chose for every pass, -1 where torch's switches decide.
-std::atomic<int> chosen_precision{-1};
-// Smaller problems are faster than asking torch for its switches, which takes Python's lock.
-constexpr double kAskFlops = 20e6;
 
 std::string set_algorithm(const std::string& name) {
   const std::optional<Algorithm> algorithm = parse_algorithm(name);
@@ -41,91 +30,28 @@ std::string set_precision(const std::string& name) {
   return previous < 0 ? "default" : precision_name(static_cast<Precision>(previous));
 }
 
-// torch's switches for float32, asked where they could make a difference, through an operator that Python implements;
-// where there is no Python, torch's default.
-Precision current_precision(const ConvProblem& problem, DType dtype) {
-  static std::atomic<bool> implemented{true};
-  const int chosen = chosen_precision;
-  if (chosen >= 0) return static_cast<Precision>(chosen);
-  if (dtype != DType::float32 || selected_isa() < Isa::amx || problem.flops() < kAskFlops) return Precision::highest;
-  if (!implemented.load(std::memory_order_relaxed)) return Precision::highest;
-  std::array<StableIValue, 1> stack{};
-  if (torch_call_dispatcher("segpose::cpu_float32_precision", "", stack.data(), TORCH_ABI_VERSION) !=
-      AOTI_TORCH_SUCCESS) {
-    implemented.store(false, std::memory_order_relaxed);
-    return Precision::highest;
-  }
-  return parse_precision(torch::stable::detail::to<std::string>(stack[0]));
-}
-
 int64_t release_workspace() { return WorkspacePool::instance().clear(); }
 
-DType to_dtype(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, "segpose: the cpu backend supports float32, float64, bfloat16 and float16");
-  }
-}
-
-TensorView view_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), to_dtype(tensor), tensor.size(0),   tensor.size(1),   tensor.size(2),
-          tensor.size(3),    tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-FilterView filter_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), to_dtype(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
+bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
 
 Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// torch's thread pool.
-Executor torch_executor() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t workers, void (*body)(void*, int64_t), void* context) {
-            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t worker = begin; worker < end; ++worker) body(context, worker);
-            });
-          }};
-}
-
-bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
-
-Ints shape_of(const ConvProblem& problem, bool x_shaped) {
-  if (x_shaped) return {problem.n, problem.c, problem.h, problem.w};
-  return {problem.n, problem.k, problem.p, problem.q};
-}
-
 void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weight, const OptionalTensor& bias,
-                const Tensor& destination, const Epilogue& epilogue, const void* packed = nullptr) {
+                const Tensor& destination, const Epilogue& epilogue) {
   const Executor executor = torch_executor();
   const GatherPass request{&plan,
                            source,
                            filter_of(weight),
-                           packed,
+                           nullptr,
                            bias.has_value() ? bias->data_ptr() : nullptr,
                            bias.has_value() ? bias->stride(0) : 0,
                            view_of(destination),
                            epilogue};
   const Workspace workspace(gather_workspace(request, executor.workers), weight);
   run_gather_pass(request, workspace.data(), executor);
-}
-
-Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, Precision precision, bool prepared = false) {
-  PlanOptions options{precision, std::nullopt, prepared, static_cast<int64_t>(torch::stable::get_num_threads())};
-  const int forced = forced_algorithm;
-  if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
-  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
 }
 
 // act(bias) everywhere: what a convolution over no channels gives.
@@ -145,24 +71,8 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
              epilogue);
 }
 
-Pass forward_pass(const ConvAttributes& attributes) { return attributes.transposed ? Pass::dgrad : Pass::fprop; }
-
-// The filter as the plan for inputs of that shape reads it.
-Tensor prepare_filter(const Tensor& weight, Ints input_shape, Ints stride, Ints padding, Ints output_padding,
-                      Ints dilation, int64_t groups, bool transposed) {
-  const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
-  const ConvProblem problem = make_problem(input_shape, weight, attributes);
-  const Plan plan =
-      plan_for(problem, forward_pass(attributes), weight, current_precision(problem, to_dtype(weight)), true);
-  Tensor packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
-  const Executor executor = torch_executor();
-  const Workspace workspace(pack_workspace(plan, executor.workers), weight);
-  pack_pass_filter(plan, filter_of(weight), packed.data_ptr(), workspace.data(), executor);
-  return packed;
-}
-
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
-               double negative_slope, const OptionalTensor& packed = std::nullopt) {
+               double negative_slope) {
   const ConvProblem problem = make_problem(input, weight, attributes);
   const Ints shape = shape_of(problem, attributes.transposed);
   check_bias(bias, input, shape[1]);
@@ -171,12 +81,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Plan plan = plan_for(problem, forward_pass(attributes), weight, current_precision(problem, to_dtype(weight)),
-                               packed.has_value());
-    STD_TORCH_CHECK(!packed.has_value() || packed->numel() == std::max<int64_t>(packed_filter_bytes(plan), 1),
-                    "segpose: the filter was prepared for another problem");
-    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue,
-               packed.has_value() ? packed->data_ptr() : nullptr);
+    const Plan plan = plan_for(problem, forward_pass(attributes), weight, current_precision(problem, weight));
+    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue);
   }
   return output;
 }
@@ -254,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     const bool by_input = need_input && grad_input.numel() > 0;
     const bool by_weight = need_weight && grad_weight.numel() > 0;
     const Pass input_pass = attributes.transposed ? Pass::fprop : Pass::dgrad;
-    const Precision precision = current_precision(problem, to_dtype(weight));
+    const Precision precision = current_precision(problem, weight);
     const Plan input_plan = by_input ? plan_for(problem, input_pass, weight, precision) : Plan{};
     const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight, precision) : Plan{};
     const bool packed = (!by_input || input_plan.masks_source()) && (!by_weight || weight_plan.masks_source());
@@ -269,13 +175,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     if (by_weight && !attributes.transposed) run_wgrad(weight_plan, gradient.source, activation, grad_weight);
   }
   return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};
-}
-
-Tensor conv_act_prepared(const Tensor& input, const Tensor& weight, const Tensor& packed, const OptionalTensor& bias,
-                         Ints stride, Ints padding, Ints output_padding, Ints dilation, int64_t groups, bool transposed,
-                         double negative_slope) {
-  return forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, transposed}, negative_slope,
-                 packed);
 }
 
 Tensor conv2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride, Ints padding,
@@ -313,8 +212,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& g
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
   m.impl("conv2d_act", TORCH_BOX(&segpose::conv2d_act));
   m.impl("conv2d_act_backward", TORCH_BOX(&segpose::conv2d_act_backward));
-  m.impl("prepare_filter", TORCH_BOX(&segpose::prepare_filter));
-  m.impl("conv_act_prepared", TORCH_BOX(&segpose::conv_act_prepared));
   m.impl("conv_transpose2d_act", TORCH_BOX(&segpose::conv_transpose2d_act));
   m.impl("conv_transpose2d_act_backward", TORCH_BOX(&segpose::conv_transpose2d_act_backward));
 }

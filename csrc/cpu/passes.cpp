@@ -2,6 +2,7 @@
 #include "passes.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "igemm.h"
 #include "packing.h"
@@ -214,7 +215,34 @@ void run_gradient(const GradientPass& pass, void* workspace, const Executor& exe
   }
 }
 
+bool same_taps(const Phase& a, const Phase& b) {
+  return std::equal(a.taps.begin(), a.taps.end(), b.taps.begin(), b.taps.end(),
+                    [](const Tap& x, const Tap& y) { return x.r == y.r && x.s == y.s; });
+}
+
+bool same_panels(const Panel& a, const Panel& b) {
+  return a.column == b.column && a.columns == b.columns && a.nr == b.nr;
+}
+
+bool same_steps(const std::vector<PlaneStep>& a, const std::vector<PlaneStep>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const PlaneStep& x, const PlaneStep& y) { return x.taps == y.taps; });
+}
+
 }  // namespace
+
+bool same_packing(const Plan& a, const Plan& b) {
+  const auto key = [](const Plan& p) {
+    const TransformPlan& t = p.transform;
+    return std::tuple(p.algorithm, p.pass, p.dtype, p.isa, p.problem.c, p.problem.k, p.problem.r, p.problem.s,
+                      p.problem.groups, t.n, t.m, t.r, t.codelet, t.terms, t.panel_columns, t.panels, p.split.terms,
+                      p.split.unit, p.split.channel_blocks, p.split.panels);
+  };
+  return key(a) == key(b) && packed_filter_bytes(a) == packed_filter_bytes(b) &&
+         std::equal(a.phases.begin(), a.phases.end(), b.phases.begin(), b.phases.end(), same_taps) &&
+         std::equal(a.panels.begin(), a.panels.end(), b.panels.begin(), b.panels.end(), same_panels) &&
+         std::equal(a.split.steps.begin(), a.split.steps.end(), b.split.steps.begin(), b.split.steps.end(), same_steps);
+}
 
 int64_t packed_filter_bytes(const Plan& plan) {
   if (plan.algorithm == Algorithm::split) return SplitFilter(plan).size();

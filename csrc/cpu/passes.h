@@ -23,6 +23,8 @@ struct GatherPass {
 
 // The filter of a fprop or dgrad as its algorithm reads it.
 int64_t packed_filter_bytes(const Plan& plan);
+// Whether a filter packed for one plan is the other's too.
+bool same_packing(const Plan& a, const Plan& b);
 int64_t pack_workspace(const Plan& plan, int64_t workers);
 void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, void* workspace,
                       const Executor& executor);

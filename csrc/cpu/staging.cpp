@@ -10,6 +10,8 @@ namespace {
 
 // Pixels and channels of a transposition block: 16 floats are a cache line on both sides.
 constexpr int64_t kBlock = 16;
+// Fewer pixels side by side are written one by one.
+constexpr int64_t kShortRun = 4;
 // Rows of the image that one partial bias sum covers; fixed, so that the sum does not depend on the threads.
 constexpr int64_t kBiasChunks = 64;
 
@@ -184,7 +186,15 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
     for (int64_t m = 0; m < count;) {
       int64_t run = 1;
       while (m + run < count && offsets[m + run] == offsets[m] + run) ++run;
-      kernels.transpose(rows + m * row_step, row_step, run, columns, plane + offsets[m], destination.stride_c);
+      if (run < kShortRun) {
+        for (int64_t c = 0; c < columns; ++c) {
+          for (int64_t i = 0; i < run; ++i) {
+            plane[offsets[m] + i + c * destination.stride_c] = rows[(m + i) * row_step + c];
+          }
+        }
+      } else {
+        kernels.transpose(rows + m * row_step, row_step, run, columns, plane + offsets[m], destination.stride_c);
+      }
       m += run;
     }
     return;

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, LIBRARY
 from .eligible import JOURNAL
+from .filters import FilterCache
 from .find import Analysis, ConvPlan, Pair, analyse
 from .forward import RewrittenForward, rewrite
 from .hidden import Key
+from .inference import install
 from .journal import Journal, journal_of, layers_of
 from .layout import why_not_channels_last
 from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d, fold, fused_module
@@ -40,6 +42,7 @@ def optimize(
     backend: str = "auto",
     strict: bool = False,
     memory_format: str | torch.memory_format = "auto",
+    max_prepared_bytes: int = 1 << 30,
 ) -> tuple[ModelT, SwapReport]:
     """Replace the convolutions of a model, and the activations behind them, by fused modules, in
     place.
@@ -60,16 +63,34 @@ def optimize(
 
     Args:
         model: any module; DataParallel and DistributedDataParallel are looked through.
-        mode: "train", or "inference" for a model in eval mode, which also folds each
-            BatchNorm2d into the convolution before it. The parameters stay as they were; folded
-            copies lie beside them, outside the state_dict, and are folded again when a checkpoint
-            is loaded. Training then raises until `restore`.
+        mode: "train", or "inference" for a model in eval mode, see below.
         backend: of the fused modules, see `conv2d_act`.
         strict: raise if anything is left alone; the model is then as it was.
         memory_format: "auto" converts the weights to channels_last, in place, if nothing in the
             model depends on strides; layers then pass channels_last on without conversions, and a
             forward hook makes 4-d results contiguous if the inputs were. torch.channels_last and
             torch.preserve_format decide it by hand.
+        max_prepared_bytes: of packed filters in inference mode, for the whole model; the layers
+            that find no room pack their filters on every call, as in training.
+
+    Inference mode, while no gradient is needed (grad mode off, or nothing requires a gradient; with
+    one the modules run as in "train"):
+
+    - Each BatchNorm2d is folded into the convolution before it. The parameters stay as they were;
+      folded copies lie beside them, outside the state_dict, and are folded again when a parameter
+      or statistic changes. Training such a model raises until `restore`.
+    - On CPU each filter is packed (for some algorithms transformed) once, at the first call with an
+      input shape, and again when the weight or bias has changed: by an optimizer, in place, by a
+      checkpoint, by a conversion, or when `precision` or the number of threads chooses other
+      algorithms. A write that torch does not count (through `.data` or NumPy) is seen if it reaches
+      one of 16 elements spread over the tensor. `prepared_bytes(model)` tells the memory.
+    - On CPU the whole graph runs at once where the forwards can be written out and the model runs
+      in channels_last: 2x2 max-pools and concatenations of channels are the kernels' own, layers
+      write straight into concatenations, and activations that only they see lie in one arena, kept
+      between calls (`release_workspace` frees it). Otherwise parts of the model or single modules
+      run that way; `SwapReport.graphs` says which, and why.
+
+    Copies, pickles and the state_dict hold none of this memory.
 
     Returns:
         The model itself and a `SwapReport`.
@@ -79,7 +100,7 @@ def optimize(
         ValueError: for an unknown option, or mode="inference" with a model in training mode.
         SwapError: with strict=True, when a candidate was left alone.
     """
-    options = _checked_options(model, mode, backend, memory_format)
+    options = _checked_options(model, mode, backend, memory_format, max_prepared_bytes)
     inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
     journal = journal_of(inner)
     if journal is not None and journal.options == options and journal.layers == layers_of(inner):
@@ -97,9 +118,14 @@ def optimize(
     journal = Journal(inner, SwapReport(mode=mode, backend=backend), options)
     analysis = analyse(inner, mode)
     forwards, refusals = _rewritten_forwards(analysis, wrapped=isinstance(model, nn.DataParallel))
+    filters = None
+    if mode == "inference" and backend in ("auto", "cpu") and LIBRARY.has_kernels_for("CPU"):
+        filters = journal.report.filters = FilterCache(max_prepared_bytes)
     try:
-        _apply(analysis, forwards, journal, backend)
+        _apply(analysis, forwards, journal, backend, filters)
         _choose_format(analysis, journal, options["memory_format"])
+        if filters is not None:
+            install(journal, filters, wrapped=isinstance(model, nn.DataParallel))
         journal.report.rows = report_rows(analysis, refusals, backend)
     except BaseException:
         journal.undo()
@@ -125,8 +151,12 @@ def restore(model: ModelT) -> ModelT:
 
 
 def _checked_options(
-    model: Any, mode: str, backend: str, memory_format: str | torch.memory_format
-) -> dict[str, str]:
+    model: Any,
+    mode: str,
+    backend: str,
+    memory_format: str | torch.memory_format,
+    max_prepared_bytes: int,
+) -> dict[str, Any]:
     name = "segpose_kernels.optimize"
     # Looked at by name: torch._dynamo takes seconds to import.
     if isinstance(model, nn.Module) and (
@@ -150,7 +180,20 @@ def _checked_options(
             f"{name}: memory_format must be 'auto', torch.channels_last or torch.preserve_format, "
             f"got {memory_format!r}"
         )
-    return {"mode": mode, "backend": backend, "memory_format": _FORMATS[memory_format]}
+    if isinstance(max_prepared_bytes, bool) or not isinstance(max_prepared_bytes, int):
+        raise TypeError(
+            f"{name}: max_prepared_bytes must be int, not {type(max_prepared_bytes).__name__}"
+        )
+    if max_prepared_bytes < 0:
+        raise ValueError(
+            f"{name}: max_prepared_bytes must not be negative, got {max_prepared_bytes}"
+        )
+    return {
+        "mode": mode,
+        "backend": backend,
+        "memory_format": _FORMATS[memory_format],
+        "max_prepared_bytes": max_prepared_bytes,
+    }
 
 
 def _rewritten_forwards(
@@ -181,13 +224,19 @@ def _rewritten_forwards(
 
 
 def _apply(
-    analysis: Analysis, forwards: dict[int, RewrittenForward], journal: Journal, backend: str
+    analysis: Analysis,
+    forwards: dict[int, RewrittenForward],
+    journal: Journal,
+    backend: str,
+    filters: FilterCache | None,
 ) -> None:
     for plan in analysis.convs.values():
         if plan.left_alone:
             continue
-        folded = plan.batch_norm is not None
-        new = fused_module(plan.module, plan.activation, backend, folded=folded)
+        inference = journal.report.mode == "inference"
+        new = fused_module(
+            plan.module, plan.activation, backend, inference=inference, filters=filters
+        )
         if isinstance(plan.batch_norm, nn.BatchNorm2d):
             fold(new, plan.batch_norm)
             passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .eligible import FUSED_TYPES, Fused
-from .pieces import FoldedConv2dAct, FoldedConvTranspose2dAct, output_padding, run_convolution
+from .pieces import output_padding, run_convolution, tensors_of
 from .record import LayerCall, record_calls, rewritten_activations
 from .report import format_table
 
@@ -120,14 +120,11 @@ def _check(call: LayerCall, rewritten: str, seed: int) -> LayerCheck:
     dtype, device = call.output.dtype, call.output.device
     grad = torch.randn(call.output.shape, generator=generator, dtype=torch.float64)
     grad = grad.to(dtype).to(device)
-    weight, bias = conv.weight, conv.bias
-    if isinstance(conv, (FoldedConv2dAct, FoldedConvTranspose2dAct)):
-        weight, bias = conv.folded_weight, conv.folded_bias
     leaves = [
         None
         if tensor is None
         else tensor.detach().to(dtype).clone(memory_format=torch.preserve_format)
-        for tensor in (call.input, weight, bias)
+        for tensor in (call.input, *tensors_of(conv))
     ]
     with torch.enable_grad():
         ours = _ours(conv, leaves, call.output_size, activation, slope, grad)
@@ -185,16 +182,10 @@ def _ours(
     # A bare copy of the layer that computes with the fresh leaves, without hooks.
     layer: Fused = object.__new__(type(conv))
     vars(layer).update(vars(conv))
-    layer._parameters = {}
+    layer._parameters = {"weight": fresh[1], "bias": fresh[2]}  # type: ignore[dict-item]
     layer._buffers = {}
     layer._forward_hooks = type(conv._forward_hooks)()
-    names = (
-        ("folded_weight", "folded_bias") if "folded_weight" in conv._buffers else ("weight", "bias")
-    )
-    for name, leaf in zip(names, fresh[1:], strict=True):
-        layer._buffers[name] = leaf
-    if names[0] != "weight":
-        layer._buffers.update(weight=fresh[1], bias=fresh[2])
+    vars(layer).update(folded_norm=None, filters=None)
     x = fresh[0]
     assert x is not None
     if activation != conv.activation:

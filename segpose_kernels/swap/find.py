@@ -114,13 +114,13 @@ def _why_left_alone(model: nn.Module, module: Conv, name: str, held: dict[int, s
         reason = "is inside a compiled module: optimize first, then compile"
     if not reason:
         try:
-            fused_module(module, NONE, "auto", folded=False)
+            fused_module(module, NONE, "auto")
         except ValueError as error:
             reason = str(error)
     return reason
 
 
-def _has_forward(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
     """Whether the forward is worth a graph: torch's layers are leaves, its Sequential is not."""
     if isinstance(module, (torch.jit.ScriptModule, nn.ModuleList, nn.ModuleDict)):
         return False
@@ -137,7 +137,7 @@ def _trace_all(
     hidden: dict[Key, str] = {}
     for name, module in model.named_modules():
         own: list[ForwardTrace] = []
-        if _has_forward(module):
+        if has_forward(module):
             try:
                 if "forward" in vars(module):
                     raise UntraceableError("its forward is set on the instance")

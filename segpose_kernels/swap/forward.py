@@ -28,7 +28,24 @@ _MISSING = object()
 _BUILDERS = frozenset({"append", "extend", "insert", "update", "setdefault", "pop", "reverse"})
 
 
-class RewrittenForward:
+class OwnForward:
+    """A forward that `optimize` sets on an instance, over the class's own."""
+
+    owner: nn.Module
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The class's own forward, for what reads a signature."""
+        bound: Callable[..., Any] = type(self.owner).forward.__get__(self.owner)
+        return bound
+
+    @property
+    def __code__(self) -> CodeType:
+        """The class's own, for torch.export, which reads the argument names there."""
+        return type(self.owner).forward.__code__
+
+
+class RewrittenForward(OwnForward):
     """Set as `forward` on an instance. Holds source text, so that it can be pickled."""
 
     def __init__(
@@ -53,17 +70,6 @@ class RewrittenForward:
                 scope,
             )
             self.compiled[training] = scope["forward"]
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The class's own forward, for what reads a signature."""
-        bound: Callable[..., Any] = type(self.owner).forward.__get__(self.owner)
-        return bound
-
-    @property
-    def __code__(self) -> CodeType:
-        """The class's own, for torch.export, which reads the argument names there."""
-        return type(self.owner).forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "compiled": {}}

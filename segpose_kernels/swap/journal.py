@@ -54,9 +54,10 @@ class Journal:
         vars(owner)[attribute] = new
 
     def set_forward(self, owner: nn.Module, forward: Any) -> None:
-        """Set a forward on the instance."""
+        """Set a forward on the instance, over one set before."""
         vars(owner)["forward"] = forward
-        self.forwards.append(owner)
+        if owner not in self.forwards:
+            self.forwards.append(owner)
 
     def to_channels_last(self, module: nn.Module) -> None:
         """Reorder a 4-d weight in place; the Parameter object stays."""

@@ -109,14 +109,27 @@ def contiguous_outputs(module: nn.Module, args: Any, kwargs: Any, output: Any) -
 
     So `model(x).view(...)` works as it did before the model ran in channels_last.
     """
-    inputs = [value for value in pytree.tree_leaves((args, kwargs)) if _is_image(value)]
-    if any(not value.is_contiguous() for value in inputs):
+    plain = len(args) == 1 and not kwargs and type(args[0]) is type(output) is Tensor
+    inputs = args if plain else pytree.tree_leaves((args, kwargs))
+    if any(_is_image(value) and not _is_contiguous(value) for value in inputs):
         return output
-    return pytree.tree_map(_contiguous, output)
+    return _contiguous(output) if plain else pytree.tree_map(_contiguous, output)
+
+
+def _is_contiguous(image: Tensor) -> bool:
+    """Not in channels_last, as torch tells the two apart where both fit: by the strides."""
+    if not image.is_contiguous():
+        return False
+    return not (
+        image.shape[1] == 1 and image.stride(1) == 1 and image.shape[2] * image.shape[3] > 1
+    )
 
 
 def _contiguous(value: Any) -> Any:
-    return value.contiguous() if _is_image(value) else value
+    if not _is_image(value) or _is_contiguous(value):
+        return value
+    # One channel: only the strides say channels_last, and a view has others.
+    return value.flatten().view(value.shape) if value.is_contiguous() else value.contiguous()
 
 
 def _is_image(value: Any) -> bool:

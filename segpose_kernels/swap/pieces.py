@@ -12,8 +12,19 @@ from torch import Tensor, nn
 
 from ..functional import conv2d_act, conv_transpose2d_act
 from ..nn import Conv2dAct, ConvTranspose2dAct
+from ..shapes import empty_output
 from .activation import Activation
 from .eligible import FUSED_TYPES, Conv, Fused, has_call_hooks
+from .filters import (
+    FilterCache,
+    can_prepare,
+    fingerprint,
+    geometry_of,
+    is_plain_inference,
+    needs_no_gradient,
+    run_prepared,
+    slope_of,
+)
 
 
 class AbsorbedActivation(nn.Module):
@@ -60,11 +71,15 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return input
 
 
-class FoldedConv2dAct(Conv2dAct):
-    """Conv2dAct that computes with folded tensors; `weight` and `bias` are the plain model's."""
+class InferenceConv2dAct(Conv2dAct):
+    """Conv2dAct with its filter packed once, in the model's `filters`, while no gradient is needed.
 
-    folded_weight: Tensor
-    folded_bias: Tensor
+    With a BatchNorm folded in it computes with tensors beside `weight` and `bias`, which stay the
+    plain model's.
+    """
+
+    filters: FilterCache | None
+    folded_norm: nn.BatchNorm2d | None
 
     def forward(self, input: Tensor) -> Tensor:
         return run_convolution(
@@ -72,11 +87,11 @@ class FoldedConv2dAct(Conv2dAct):
         )
 
 
-class FoldedConvTranspose2dAct(ConvTranspose2dAct):
-    """ConvTranspose2dAct that computes with the folded tensors."""
+class InferenceConvTranspose2dAct(ConvTranspose2dAct):
+    """ConvTranspose2dAct with its filter packed once, as `InferenceConv2dAct`."""
 
-    folded_weight: Tensor
-    folded_bias: Tensor
+    filters: FilterCache | None
+    folded_norm: nn.BatchNorm2d | None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return run_convolution(
@@ -84,7 +99,17 @@ class FoldedConvTranspose2dAct(ConvTranspose2dAct):
         )
 
 
-def fused_module(conv: Conv, activation: Activation, backend: str, *, folded: bool) -> Fused:
+INFERENCE_TYPES = (InferenceConv2dAct, InferenceConvTranspose2dAct)
+
+
+def fused_module(
+    conv: Conv,
+    activation: Activation,
+    backend: str,
+    *,
+    inference: bool = False,
+    filters: FilterCache | None = None,
+) -> Fused:
     """The fused twin of a plain convolution, sharing its very parameters.
 
     The two share one table of parameters, so what replaces a Parameter in one
@@ -106,25 +131,29 @@ def fused_module(conv: Conv, activation: Activation, backend: str, *, folded: bo
     if isinstance(conv, nn.ConvTranspose2d):
         options["output_padding"] = conv.output_padding
     twin = (
-        (FoldedConv2dAct if folded else Conv2dAct)
+        (InferenceConv2dAct if inference else Conv2dAct)
         if isinstance(conv, nn.Conv2d)
-        else (FoldedConvTranspose2dAct if folded else ConvTranspose2dAct)
+        else (InferenceConvTranspose2dAct if inference else ConvTranspose2dAct)
     )
     new: Fused = twin(conv.in_channels, conv.out_channels, groups=conv.groups, **options)
     new._parameters = conv._parameters
     for name, value in vars(conv).items():
         if name not in vars(new):
             vars(new)[name] = value
+    if isinstance(new, INFERENCE_TYPES):
+        # Past nn.Module's own attributes: neither is a part of the model.
+        vars(new).update(filters=filters, folded_norm=None)
     new.training = conv.training
     return new
 
 
 def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
-    """Write BatchNorm's affine map into the folded tensors of `new`, in float64.
+    """Write BatchNorm's affine map into folded tensors beside the parameters, in float64.
 
     Source: Jacob et al., "Quantization and training of neural networks", CVPR 2018, section 3.2.
 
-    The tensors are buffers outside the state_dict: they follow `.to()` and are not saved.
+    The tensors are buffers outside the state_dict: they follow `.to()` and are not saved. They are
+    written again when a parameter or a statistic has changed.
     """
     weight, bias = new._parameters["weight"], new._parameters["bias"]
     assert weight is not None
@@ -147,6 +176,27 @@ def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
         like = torch.empty_like(weight)
         new.register_buffer("folded_weight", like.copy_(folded), persistent=False)
         new.register_buffer("folded_bias", folded_bias.to(weight.dtype), persistent=False)
+    vars(new).update(folded_norm=norm, folded_versions=_fold_versions(new, norm))
+
+
+def _fold_versions(conv: Fused, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+    """Differs when a tensor that was folded has changed; on CPU also past the version counter."""
+    own = (*conv._parameters.values(), *norm._parameters.values(), *norm._buffers.values())
+    tensors = [t for t in own if t is not None]
+    versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+    return *versions, fingerprint(tensors)
+
+
+def tensors_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias that a fused module computes with."""
+    norm = vars(conv).get("folded_norm")
+    if norm is None:
+        return conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[return-value]
+    if not torch.compiler.is_compiling() and vars(conv)["folded_versions"] != _fold_versions(
+        conv, norm
+    ):
+        fold(conv, norm)
+    return conv._buffers["folded_weight"], conv._buffers["folded_bias"]  # type: ignore[return-value]
 
 
 def run_convolution(
@@ -158,10 +208,14 @@ def run_convolution(
     negative_slope: float,
 ) -> Tensor:
     """A fused module's computation, with an activation of the caller's choice."""
-    weight: Tensor = conv.weight
-    bias = conv.bias
-    if isinstance(conv, (FoldedConv2dAct, FoldedConvTranspose2dAct)):
-        weight, bias = conv.folded_weight, conv.folded_bias
+    weight, bias = tensors_of(conv)
+    filters = vars(conv).get("filters")
+    if filters is not None and is_plain_inference():
+        output = _run_with_prepared_filter(
+            filters, conv, weight, bias, input, output_size, activation, negative_slope
+        )
+        if output is not None:
+            return output
     options: dict[str, Any] = {
         "activation": activation,
         "negative_slope": negative_slope,
@@ -183,6 +237,39 @@ def run_convolution(
     return conv2d_act(
         input, weight, bias, conv.stride, padding, conv.dilation, conv.groups, **options
     )
+
+
+def _run_with_prepared_filter(
+    filters: FilterCache,
+    conv: Fused,
+    weight: Tensor,
+    bias: Tensor | None,
+    input: Tensor,
+    output_size: list[int] | None,
+    activation: str,
+    negative_slope: float,
+) -> Tensor | None:
+    """None where the call has to run as in training."""
+    slope = slope_of(activation, negative_slope)
+    if (
+        slope is None
+        or not needs_no_gradient(input, weight, bias)
+        or not can_prepare(conv, weight, bias, input)
+    ):
+        return None
+    extra = None
+    if isinstance(conv, nn.ConvTranspose2d):
+        extra = output_padding(conv, input, output_size)
+    geometry = geometry_of(conv, extra)
+    if geometry is None:
+        return None
+    form = filters.form(conv, weight, bias, tuple(input.shape), geometry, slope)
+    if form is None:
+        return None
+    with torch.no_grad():
+        output = empty_output(input, weight, form.output_shape)
+        run_prepared(form, input, output)
+    return output
 
 
 def output_padding(

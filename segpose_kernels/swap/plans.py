@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch._prims_common import suggest_memory_format
 
 from .. import backends
 from .eligible import FUSED_TYPES
-from .record import LayerCall, record_calls, rewritten_activations
+from .inference import InferenceForward, prepared_bytes
+from .record import LayerCall, record_calls, rewritten_activations, run_once
 from .report import format_table
 
 
@@ -30,6 +31,8 @@ class LayerPlan:
         algorithm: the plan's own description; for aten and torch that there is none.
         flops: floating-point operations of the forward, 2 for each multiply-add.
         bytes: least traffic: input, weight, bias and output, each once.
+        inference: of a model under `optimize(mode="inference")`, what was done with the layer:
+            its packed filter, what runs right behind it, where it writes; empty for others.
     """
 
     name: str
@@ -39,13 +42,18 @@ class LayerPlan:
     algorithm: str
     flops: int
     bytes: int
+    inference: str = ""
 
 
 @dataclass
 class Explanation:
-    """One `LayerPlan` for each call of a convolution, in the order of the run."""
+    """One `LayerPlan` for each call of a convolution, in the order of the run.
+
+    `prepared_bytes` is the memory of filters packed for inference.
+    """
 
     layers: list[LayerPlan] = field(default_factory=list)
+    prepared_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -63,8 +71,17 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("name", "problem", "activation", "backend", "GFLOP", "MB", "plan")
-        cells = [
+        header: tuple[str, ...] = (
+            "name",
+            "problem",
+            "activation",
+            "backend",
+            "GFLOP",
+            "MB",
+            "inference",
+            "plan",
+        )
+        cells: list[tuple[str, ...]] = [
             (
                 layer.name,
                 layer.problem,
@@ -72,11 +89,18 @@ class Explanation:
                 layer.backend,
                 f"{layer.flops / 1e9:.4f}",
                 f"{layer.bytes / 1e6:.3f}",
+                layer.inference,
                 layer.algorithm,
             )
             for layer in self.layers
         ]
+        if not any(layer.inference for layer in self.layers):
+            shown = [index for index, title in enumerate(header) if title != "inference"]
+            header = tuple(header[index] for index in shown)
+            cells = [tuple(row[index] for index in shown) for row in cells]
         total = f"{self.flops / 1e9:.3f} GFLOP in {len(self)} convolutions"
+        if self.prepared_bytes:
+            total += f", {self.prepared_bytes / 1e6:.1f} MB of packed filters"
         return f"{format_table(header, cells)}\n{total}"
 
 
@@ -93,11 +117,42 @@ def explain(model: nn.Module, x: Any, *, arch: str | None = None, show: bool = T
     Raises ValueError for an architecture that the CUDA backend has no kernels for.
     """
     extra = rewritten_activations(model)
-    layers = [_layer_plan(call, extra, arch) for call in record_calls(model, x)]
-    explanation = Explanation(layers)
+    calls = record_calls(model, x)
+    layers = [_layer_plan(call, extra, arch) for call in calls]
+    if arch is None:
+        layers = _with_inference(model, x, calls, layers)
+    explanation = Explanation(layers, prepared_bytes(model))
     if show:
         print(explanation)
     return explanation
+
+
+def _with_inference(
+    model: nn.Module, x: Any, calls: list[LayerCall], layers: list[LayerPlan]
+) -> list[LayerPlan]:
+    """What an inference model has prepared, which only a run without recording shows."""
+    run_once(model, x)
+    notes: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, InferenceForward):
+            found = forward.notes()
+            notes |= {f"{prefix}.{name}".lstrip("."): text for name, text in found.items()}
+    explained = []
+    for call, layer in zip(calls, layers, strict=True):
+        filters = vars(call.module).get("filters")
+        shape = tuple(call.input.shape)
+        forms = filters.forms_of(call.module) if filters is not None else []
+        form = next((form for form in reversed(forms) if form.input_shape == shape), None)
+        if form is None:
+            explained.append(layer)
+            continue
+        size = f"filter packed, {form.bytes / 1e6:.3f} MB"
+        if not form.bytes:
+            size = "filter packed on every call"
+        text = "; ".join(part for part in (size, notes.get(call.name, "")) if part)
+        explained.append(replace(layer, algorithm=form.plan, inference=text))
+    return explained
 
 
 def _layer_plan(call: LayerCall, extra: dict[str, str], arch: str | None) -> LayerPlan:

@@ -58,6 +58,16 @@ def record_calls(model: nn.Module, x: Any) -> list[LayerCall]:
         )
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
+    try:
+        run_once(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def run_once(model: nn.Module, x: Any) -> None:
+    """Run the model on `x` as in `record_calls`, and put back what the run changes."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -68,12 +78,9 @@ def record_calls(model: nn.Module, x: Any) -> list[LayerCall]:
             else:
                 model(x)
     finally:
-        for handle in handles:
-            handle.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return calls
 
 
 def rewritten_activations(model: nn.Module) -> dict[str, str]:

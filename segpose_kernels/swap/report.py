@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from .filters import FilterCache
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,24 @@ class SwapRow:
 
 @dataclass
 class SwapReport:
-    """The rows of one `optimize` call; `str` is an aligned table."""
+    """The rows of one `optimize` call; `str` is an aligned table.
+
+    In inference mode `graphs` says, for the model or its parts, what runs as one graph or why it
+    does not, and `prepared_bytes` how much memory packed filters take now.
+    """
 
     rows: list[SwapRow] = field(default_factory=list)
     mode: str = "train"
     backend: str = "auto"
     memory_format: str = "preserve_format"
     memory_format_reason: str = ""
+    graphs: dict[str, str] = field(default_factory=dict)
+    filters: FilterCache | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Of the filters packed for inference, now."""
+        return self.filters.bytes if self.filters is not None else 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +79,9 @@ class SwapReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return asdict(self)
+        plain = asdict(replace(self, filters=None))
+        del plain["filters"]
+        return {**plain, "prepared_bytes": self.prepared_bytes}
 
     def __str__(self) -> str:
         header = ("name", "old", "new", "activation", "backend", "note")
@@ -86,6 +101,8 @@ class SwapReport:
             f"{format_table(header, cells)}\n"
             f"{len(self.fused)} fused, {len(self.skipped)} left alone; mode {self.mode}; "
             f"memory format {self.memory_format}{note}"
+            + "".join(f"\n{name or 'model'}: {text}" for name, text in self.graphs.items())
+            + (f"\n{self.prepared_bytes / 1e6:.1f} MB of packed filters" if self.filters else "")
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from .activation import is_activation_function
+from .pieces import AbsorbedCall
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -266,7 +267,7 @@ def _note(
         reads.setdefault(attribute, value)
     elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
         reads.setdefault(attribute, value.copy() if isinstance(value, list) else value)
-    elif on_instance and not isinstance(value, (AttributeCall, nn.Module, fx.Proxy)):
+    elif on_instance and not isinstance(value, (AttributeCall, AbsorbedCall, nn.Module, fx.Proxy)):
         opaque.add(attribute)
 
 

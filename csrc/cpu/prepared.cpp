@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Inference: convolutions bound to one input shape, with their plan made and their filter packed once, that write where
+// the caller says. Python holds them by number (segpose_kernels/swap/filters.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "passes.h"
+#include "settings.h"
+#include "staging.h"
+#include "torch_views.h"
+#include "workspace.h"
+
+namespace segpose {
+namespace {
+
+// A tensor as it was, to tell whether it has changed since. Torch's version counter misses what is written through
+// `.data`, NumPy or another process: a few elements from all over the tensor are compared too.
+class Snapshot {
+ public:
+  explicit Snapshot(const Tensor& tensor)
+      : tensor_(tensor), data_(tensor.data_ptr()), type_(tensor.scalar_type()), samples_(sample()) {}
+
+  const Tensor& tensor() const { return tensor_; }
+
+  bool current() const { return tensor_.data_ptr() == data_ && tensor_.scalar_type() == type_ && sample() == samples_; }
+
+  // FNV-1a over what is compared.
+  int64_t hash(int64_t seed) const {
+    auto value = static_cast<uint64_t>(seed);
+    const auto mix = [&](int64_t word) { value = (value ^ static_cast<uint64_t>(word)) * 0x100000001b3u; };
+    mix(reinterpret_cast<int64_t>(data_));
+    for (const int64_t word : samples_) mix(word);
+    return static_cast<int64_t>(value);
+  }
+
+ private:
+  static constexpr int64_t kSamples = 16;
+  using Samples = std::array<int64_t, kSamples>;
+
+  Samples sample() const {
+    Samples samples{};
+    const int64_t count = tensor_.numel();
+    const auto size = static_cast<int64_t>(tensor_.element_size());
+    const auto* bytes = static_cast<const char*>(tensor_.data_ptr());
+    // Parameters are dense in some order of their axes, so every element lies in the first `count`.
+    for (int64_t i = 0; i < kSamples && count > 0; ++i) {
+      std::memcpy(&samples[i], bytes + (count - 1) * i / (kSamples - 1) * size, static_cast<size_t>(size));
+    }
+    return samples;
+  }
+
+  Tensor tensor_;
+  const void* data_;
+  torch::headeronly::ScalarType type_;
+  Samples samples_;
+};
+
+struct PreparedConv {
+  Plan plan;
+  Ints input_shape, output_shape;
+  Snapshot weight;
+  std::optional<Snapshot> bias;
+  OptionalTensor packed;  // without, the filter is packed on every run
+  Epilogue epilogue;
+
+  bool current() const { return weight.current() && (!bias.has_value() || bias->current()); }
+};
+
+class Registry {
+ public:
+  // Never destroyed: tensors must not be freed after torch's own statics.
+  static Registry& instance() {
+    static auto* registry = new Registry;
+    return *registry;
+  }
+
+  int64_t add(std::shared_ptr<const PreparedConv> conv) {
+    const std::unique_lock lock(mutex_);
+    convs_.emplace(++last_, std::move(conv));
+    return last_;
+  }
+
+  std::shared_ptr<const PreparedConv> get(int64_t handle) const {
+    const std::shared_lock lock(mutex_);
+    const auto found = convs_.find(handle);
+    STD_TORCH_CHECK(found != convs_.end(), "segpose: no prepared convolution has the handle ", handle);
+    return found->second;
+  }
+
+  // What runs in another thread keeps it until it is done.
+  void remove(int64_t handle) {
+    std::shared_ptr<const PreparedConv> conv;
+    const std::unique_lock lock(mutex_);
+    const auto found = convs_.find(handle);
+    if (found == convs_.end()) return;
+    conv = std::move(found->second);
+    convs_.erase(found);
+  }
+
+ private:
+  mutable std::shared_mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const PreparedConv>> convs_;
+  int64_t last_ = 0;
+};
+
+// The packed filter of one of these, if it fits.
+OptionalTensor packed_by(const Ints& donors, const Plan& plan, const Tensor& weight) {
+  for (const int64_t handle : donors) {
+    const std::shared_ptr<const PreparedConv> donor = Registry::instance().get(handle);
+    if (donor->packed.has_value() && donor->weight.tensor().data_ptr() == weight.data_ptr() && donor->current() &&
+        same_packing(donor->plan, plan)) {
+      return donor->packed;
+    }
+  }
+  return std::nullopt;
+}
+
+// Takes the packed filter of a donor, which was prepared from the same weight for another shape, or packs its own
+// unless that takes more than `max_bytes`.
+int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints input_shape, Ints stride, Ints padding,
+                     Ints output_padding, Ints dilation, int64_t groups, bool transposed, double negative_slope,
+                     int64_t max_bytes, Ints donors) {
+  const ConvAttributes attributes{stride, padding, output_padding, dilation, groups, transposed};
+  const ConvProblem problem = make_problem(input_shape, weight, attributes);
+  const Ints output_shape = shape_of(problem, transposed);
+  check_bias(bias, weight, output_shape[1]);
+  STD_TORCH_CHECK(problem.n > 0 && problem.c > 0 && problem.k > 0, "segpose: an empty problem cannot be prepared");
+  const Precision precision = current_precision(problem, weight);
+  Plan plan = plan_for(problem, forward_pass(attributes), weight, precision, true);
+  OptionalTensor packed = packed_by(donors, plan, weight);
+  if (!packed.has_value() && packed_filter_bytes(plan) <= max_bytes) {
+    packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
+    const Executor executor = torch_executor();
+    const Workspace workspace(pack_workspace(plan, executor.workers), weight);
+    pack_pass_filter(plan, filter_of(weight), packed->data_ptr(), workspace.data(), executor);
+  }
+  if (!packed.has_value()) {
+    plan = plan_for(problem, forward_pass(attributes), weight, precision);
+  }
+  std::optional<Snapshot> bias_snapshot;
+  if (bias.has_value()) bias_snapshot.emplace(*bias);
+  return Registry::instance().add(std::make_shared<const PreparedConv>(
+      PreparedConv{std::move(plan), std::move(input_shape), output_shape, Snapshot(weight), bias_snapshot, packed,
+                   epilogue_from_slope(negative_slope)}));
+}
+
+bool has_shape(const Tensor& tensor, const Ints& shape) {
+  if (tensor.dim() != 4) return false;
+  for (int64_t axis = 0; axis < 4; ++axis) {
+    if (tensor.size(axis) != shape[static_cast<size_t>(axis)]) return false;
+  }
+  return true;
+}
+
+void check_operand(const Tensor& tensor, const char* name, const Ints& shape, const Tensor& weight) {
+  STD_TORCH_CHECK(has_shape(tensor, shape), "segpose: ", name, " must have the prepared shape ", shape[0], " x ",
+                  shape[1], " x ", shape[2], " x ", shape[3]);
+  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), "segpose: ", name, " must have the dtype of weight");
+}
+
+void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
+  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  const Tensor& weight = conv->weight.tensor();
+  check_operand(input, "input", conv->input_shape, weight);
+  check_operand(output, "output", conv->output_shape, weight);
+  STD_TORCH_CHECK(to_dtype(weight) == conv->plan.dtype,
+                  "segpose: the dtype of weight has changed since it was prepared");
+  const Executor executor = torch_executor();
+  const Tensor* bias = conv->bias.has_value() ? &conv->bias->tensor() : nullptr;
+  const GatherPass request{&conv->plan,
+                           {view_of(input), nullptr},
+                           filter_of(weight),
+                           conv->packed.has_value() ? conv->packed->data_ptr() : nullptr,
+                           bias != nullptr ? bias->data_ptr() : nullptr,
+                           bias != nullptr ? bias->stride(0) : 0,
+                           view_of(output),
+                           conv->epilogue};
+  const Workspace workspace(gather_workspace(request, executor.workers), weight);
+  run_gather_pass(request, workspace.data(), executor);
+}
+
+// Position of the first whose weight or bias has changed since, or -1.
+int64_t first_stale(Ints handles) {
+  for (size_t i = 0; i < handles.size(); ++i) {
+    if (!Registry::instance().get(handles[i])->current()) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+// A number that differs when the memory or the sampled values of one of the tensors do.
+int64_t fingerprint(std::vector<Tensor> tensors) {
+  int64_t hash = 0;
+  for (const Tensor& tensor : tensors) hash = Snapshot(tensor).hash(hash);
+  return hash;
+}
+
+// The plan, the bytes of the packed filter and where it lies: convolutions may share one.
+std::tuple<std::string, int64_t, int64_t> prepared_info(int64_t handle) {
+  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  const bool packed = conv->packed.has_value();
+  return {conv->plan.str(), packed ? conv->packed->numel() : 0,
+          packed ? reinterpret_cast<int64_t>(conv->packed->data_ptr()) : 0};
+}
+
+void release_prepared(int64_t handle) { Registry::instance().remove(handle); }
+
+// Memory for activations that are kept between runs.
+Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
+  STD_TORCH_CHECK(bytes >= 0, "segpose: bytes must not be negative, got ", bytes);
+  return allocate_bytes(bytes, like.device());
+}
+
+}  // namespace
+}  // namespace segpose
+
+STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
+  m.impl("prepare_conv", TORCH_BOX(&segpose::prepare_conv));
+  m.impl("run_prepared", TORCH_BOX(&segpose::run_prepared));
+  m.impl("fingerprint", TORCH_BOX(&segpose::fingerprint));
+  m.impl("allocate_workspace", TORCH_BOX(&segpose::allocate_workspace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
+  m.impl("first_stale", TORCH_BOX(&segpose::first_stale));
+  m.impl("prepared_info", TORCH_BOX(&segpose::prepared_info));
+  m.impl("release_prepared", TORCH_BOX(&segpose::release_prepared));
+  m.impl("settings_key", TORCH_BOX(&segpose::settings_key));
+}

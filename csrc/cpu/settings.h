@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Process-wide settings of the CPU kernels, and the plan of a call under them.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <string>
+
+#include "torch_views.h"
+
+namespace segpose {
+
+// An algorithm that tests and benchmarks ask for, -1 for none; read once at the start of a pass.
+inline std::atomic<int> forced_algorithm{-1};
+// A precision that the user chose for every pass, -1 where torch's switches decide.
+inline std::atomic<int> chosen_precision{-1};
+
+// torch's switches for float32, through an operator that Python implements; where there is no Python, torch's default.
+// Without AMX they make no difference, and Python's lock is not taken.
+inline Precision torch_precision() {
+  static std::atomic<bool> implemented{true};
+  if (selected_isa() < Isa::amx || !implemented.load(std::memory_order_relaxed)) return Precision::highest;
+  std::array<StableIValue, 1> stack{};
+  if (torch_call_dispatcher("segpose::cpu_float32_precision", "", stack.data(), TORCH_ABI_VERSION) !=
+      AOTI_TORCH_SUCCESS) {
+    implemented.store(false, std::memory_order_relaxed);
+    return Precision::highest;
+  }
+  return parse_precision(torch::stable::detail::to<std::string>(stack[0]));
+}
+
+// Of the passes of a call.
+inline Precision current_precision(const ConvProblem& problem, const Tensor& weight) {
+  // Smaller problems are faster than asking.
+  constexpr double kAskFlops = 20e6;
+  const int chosen = chosen_precision;
+  if (chosen >= 0) return static_cast<Precision>(chosen);
+  if (to_dtype(weight) != DType::float32 || problem.flops() < kAskFlops) return Precision::highest;
+  return torch_precision();
+}
+
+inline Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, Precision precision,
+                     bool prepared = false) {
+  PlanOptions options{precision, std::nullopt, prepared, static_cast<int64_t>(torch::stable::get_num_threads())};
+  const int forced = forced_algorithm;
+  if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
+  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
+}
+
+// Differs where plans may differ.
+inline int64_t settings_key() {
+  const int chosen = chosen_precision;
+  const int precision = chosen >= 0 ? chosen : static_cast<int>(torch_precision());
+  return (static_cast<int64_t>(torch::stable::get_num_threads()) << 16) | ((forced_algorithm.load() + 1) << 8) |
+         precision;
+}
+
+}  // namespace segpose

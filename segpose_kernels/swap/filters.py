@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Filters packed once for inference, kept beside a model and never copied or saved with it.
+
+The CPU kernels read a filter in an order (and, for Winograd and Fourier, a transform) of their own.
+`FilterCache` keeps that form for each layer and input shape, for as long as it is the form of the
+weight that the layer has now: it looks at the identity, version counter, address and dtype of
+weight and bias, at a few of their elements (for what writes past the version counter, through
+`.data` or NumPy), and at the settings that decide the algorithm.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..autograd import transforms_active
+from .eligible import Fused
+
+# Input shapes of a layer that are kept; those with the same algorithm share one packed filter.
+SHAPES_A_LAYER = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layer's attributes in the operator's words."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+
+def geometry_of(conv: Fused, output_padding: tuple[int, ...] | None = None) -> Geometry | None:
+    """None for a layer that pads its input before the kernel runs."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        extra = conv.output_padding if output_padding is None else output_padding
+        padding = tuple(int(size) for size in conv.padding)
+        return Geometry(conv.stride, padding, extra, conv.dilation, conv.groups, True)
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    if conv.padding_mode != "zeros" or (left, top) != (right, bottom):
+        return None
+    return Geometry(conv.stride, (top, left), (0, 0), conv.dilation, conv.groups, False)
+
+
+def slope_of(activation: str, negative_slope: float) -> float | None:
+    """The operator's negative_slope; None where the activation cannot run in the kernel."""
+    if activation == "leaky_relu":
+        return negative_slope if negative_slope > 0 else None
+    return 0.0 if activation == "relu" else 1.0
+
+
+class Form:
+    """One convolution prepared for one input shape; frees its packed filter when it goes."""
+
+    def __init__(
+        self,
+        handle: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: int,
+        input_shape: Shape,
+        output_shape: Shape,
+    ) -> None:
+        self.handle = handle
+        self.weight = weight
+        self.bias = bias
+        self.versions = _versions(weight, bias)
+        self.settings = settings
+        self.plan, self.bytes, self.address = torch.ops.segpose.prepared_info(handle)
+        self.input_shape = input_shape
+        self.output_shape = output_shape
+
+    def matches(self, weight: Tensor, bias: Tensor | None, settings: int) -> bool:
+        """By what Python sees; `first_stale` looks at the memory."""
+        return (
+            self.weight is weight
+            and self.bias is bias
+            and self.settings == settings
+            and self.versions == _versions(weight, bias)
+        )
+
+    def __del__(self, release: Callable[[int], None] | None = None) -> None:
+        release = release or getattr(torch.ops.segpose, "release_prepared", None)
+        if release is not None:
+            release(self.handle)
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    return weight._version, -1 if bias is None else bias._version
+
+
+class FilterCache:
+    """The prepared convolutions of one model, at most `max_bytes` of packed filters.
+
+    A layer that finds no room runs as in training, packing its filter on every call. Safe with
+    several threads. A copy, by `copy.deepcopy` or pickle, starts empty.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._layers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Form]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __reduce__(self) -> tuple[type[FilterCache], tuple[int]]:
+        return FilterCache, (self.max_bytes,)
+
+    @property
+    def bytes(self) -> int:
+        """Of all packed filters that are held now."""
+        with self._lock:
+            return self._bytes()
+
+    def clear(self) -> None:
+        """Free everything; the next call prepares again."""
+        with self._lock:
+            self._layers.clear()
+
+    def forms_of(self, layer: nn.Module) -> list[Form]:
+        """What is held for a layer, one form for each input shape, the latest last."""
+        with self._lock:
+            return list(self._layers.get(layer, {}).values())
+
+    def form(
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: Shape,
+        geometry: Geometry,
+        slope: float,
+    ) -> Form | None:
+        """The layer as it is now, prepared for inputs [N, C, H, W] of that shape.
+
+        None for a shape that gives no output, which the operator's own checks report.
+        """
+        settings = settings_key()
+        key = shape, geometry, slope
+        forms = self._layers.get(layer)
+        form = forms.get(key) if forms is not None else None
+        if (
+            form is not None
+            and form.matches(weight, bias, settings)
+            and first_stale((form.handle,)) < 0
+        ):
+            return form
+        if min(output_shape(weight, shape, geometry)) < 1:
+            return None
+        with self._lock:
+            return self._prepare(layer, weight, bias, key, settings)
+
+    def _prepare(
+        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, settings: int
+    ) -> Form:
+        held = self._layers.setdefault(layer, {})
+        # A new table: other threads read the old one without the lock.
+        forms = {
+            k: f
+            for k, f in held.items()
+            if k != key and f.matches(weight, bias, settings) and first_stale((f.handle,)) < 0
+        }
+        while len(forms) >= SHAPES_A_LAYER:
+            del forms[next(iter(forms))]
+        self._layers[layer] = forms
+        del held
+        form = self._new_form(weight, bias, key, settings, forms)
+        if form.bytes == 0 and any(other.bytes for other in forms.values()):
+            # Other shapes of this layer hold the room that this one needs.
+            forms = self._layers[layer] = {}
+            form = self._new_form(weight, bias, key, settings, forms)
+        self._layers[layer] = {**forms, key: form}
+        return form
+
+    def _new_form(
+        self, weight: Tensor, bias: Tensor | None, key: Any, settings: int, forms: dict[Any, Form]
+    ) -> Form:
+        shape, geometry, slope = key
+        room = max(self.max_bytes - self._bytes(), 0)
+        with torch.no_grad():
+            handle = torch.ops.segpose.prepare_conv(
+                weight,
+                bias,
+                shape,
+                geometry.stride,
+                geometry.padding,
+                geometry.output_padding,
+                geometry.dilation,
+                geometry.groups,
+                geometry.transposed,
+                slope,
+                room,
+                [form.handle for form in forms.values()],
+            )
+        return Form(handle, weight, bias, settings, shape, output_shape(weight, shape, geometry))
+
+    def _bytes(self) -> int:
+        places = {
+            form.address: form.bytes for forms in self._layers.values() for form in forms.values()
+        }
+        return sum(places.values())
+
+
+def output_shape(weight: Tensor, shape: Shape, geometry: Geometry) -> Shape:
+    """[N, C_out, P, Q]."""
+    extents = []
+    for axis in range(2):
+        kernel = geometry.dilation[axis] * (weight.shape[2 + axis] - 1)
+        stride, padding = geometry.stride[axis], geometry.padding[axis]
+        if geometry.transposed:
+            extra = geometry.output_padding[axis]
+            extents.append((shape[2 + axis] - 1) * stride - 2 * padding + kernel + extra + 1)
+        else:
+            extents.append((shape[2 + axis] + 2 * padding - kernel - 1) // stride + 1)
+    channels = weight.shape[1] * geometry.groups if geometry.transposed else weight.shape[0]
+    return shape[0], channels, *extents
+
+
+def settings_key() -> int:
+    """Differs where the kernels may choose other algorithms: threads, precision, tests' choices."""
+    return int(torch.ops.segpose.settings_key())
+
+
+def first_stale(handles: Sequence[int]) -> int:
+    """Position of the first whose weight or bias has other memory or values now, or -1."""
+    return int(torch.ops.segpose.first_stale(handles))
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number of the tensors' memory, and on CPU of a few of their values."""
+    if backends.LIBRARY.has_kernels_for("CPU") and all(t.device.type == "cpu" for t in tensors):
+        return int(torch.ops.segpose.fingerprint(tensors))
+    return hash(tuple(t.data_ptr() for t in tensors))
+
+
+def run_prepared(form: Form, input: Tensor, output: Tensor) -> None:
+    """output = act(conv(input)); both of the prepared shapes, in any memory format."""
+    torch.ops.segpose.run_prepared(form.handle, input, output)
+
+
+def is_plain_inference() -> bool:
+    """Whether nothing watches or transforms what runs now."""
+    return not (
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+def needs_no_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may run without autograd."""
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def can_prepare(conv: Fused, weight: Tensor, bias: Tensor | None, input: Tensor) -> bool:
+    """Whether this call of the layer can run prepared. It is known to be plain inference."""
+    return (
+        type(input) is Tensor
+        and input.device.type == "cpu"
+        and input.dim() == 4
+        and input.numel() > 0
+        and input.dtype == weight.dtype
+        and weight.device.type == "cpu"
+        and not weight.is_inference()  # it has no version to look at
+        and (bias is None or not bias.is_inference())
+        and input.shape[1] == conv.in_channels
+        and weight.numel() > 0
+        and backends.select(conv.backend, "cpu", weight.dtype) == "cpu"
+    )

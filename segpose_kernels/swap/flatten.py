@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""An optimized model in eval mode as one flat list of operations, its own forwards written out.
+
+What a forward does may depend on more than its inputs. So each forward that is written out must
+have passed the tests of `forward.why_not_rewritable`, and what it read while it was traced goes
+into `Guards`, which are looked at before every run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .eligible import FUSED_TYPES
+from .find import has_forward
+from .forward import OwnForward, why_not_rewritable
+from .pieces import AbsorbedActivation, FoldedBatchNorm2d
+from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
+
+_IDENTITIES = (AbsorbedActivation, FoldedBatchNorm2d, nn.Identity)
+_MISSING = object()
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+@dataclass(frozen=True)
+class Value:
+    """Stands for the result of an operation, by its number, among the arguments of others."""
+
+    index: int
+
+
+@dataclass(eq=False)
+class Operation:
+    """One call. `target` is a module, a function, or the name of a method of the first argument."""
+
+    result: Value
+    target: nn.Module | Callable[..., Any] | str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The values it reads, in order, repetitions included."""
+        return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
+
+
+@dataclass
+class Guards:
+    """What must not have changed since the model was written out."""
+
+    owners: list[nn.Module] = field(default_factory=list)
+    reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    forwards: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
+
+    def watch_call(self, module: nn.Module) -> None:
+        """A call that is replaced: nobody must want to see or change it."""
+        self.forwards.append((vars(module), vars(module).get("forward")))
+        self.hooks += [
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ]
+
+    def hold(self) -> bool:
+        return (
+            not any(self.hooks)
+            and not _has_any_global_hook()
+            and all(state.get("forward") is forward for state, forward in self.forwards)
+            and all(table.get(name) is child for table, name, child in self.children)
+            and not any(owner.training for owner in self.owners)
+            and all(getattr(owner, name, _MISSING) == value for owner, name, value in self.reads)
+        )
+
+
+@dataclass
+class FlatModel:
+    """Operations in order. `parameters` are the forward's arguments, with their values by number;
+    `output` is what it returns, with `Value`s in the places of tensors.
+    """
+
+    parameters: list[tuple[str, Value]]
+    operations: list[Operation]
+    output: Any
+    guards: Guards
+    values: int
+
+
+def flatten(model: nn.Module) -> FlatModel:
+    """Write out `model.forward` in eval mode, and those of its children where that is safe.
+
+    Raises:
+        UntraceableError: when the model's own forward cannot be written out; the message says why.
+    """
+    return _Flattener(model).result
+
+
+class _Flattener:
+    def __init__(self, model: nn.Module) -> None:
+        self.operations: list[Operation] = []
+        self.guards = Guards()
+        self.values = 0
+        trace = _trace(model, "")
+        parameters = [(name, self.new_value()) for name in _parameters(trace)]
+        output = self.inline(trace, "", [value for _, value in parameters])
+        self.result = FlatModel(parameters, self.operations, output, self.guards, self.values)
+
+    def new_value(self) -> Value:
+        self.values += 1
+        return Value(self.values - 1)
+
+    def add(self, target: Any, args: Any, kwargs: Any, name: str) -> Value:
+        operation = Operation(self.new_value(), target, tuple(args), dict(kwargs), name)
+        self.operations.append(operation)
+        return operation.result
+
+    def inline(self, trace: ForwardTrace, prefix: str, arguments: list[Any]) -> Any:
+        """Append a forward's operations; gives what it returns."""
+        owner = trace.owner
+        self.guards.owners.append(owner)
+        self.guards.reads += [(owner, name, value) for name, value in trace.reads.items()]
+        inputs = iter(arguments)
+        env: dict[fx.Node, Any] = {}
+        for node in trace.graph.nodes:
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+            name = f"{prefix}.{node.target}".strip(".")
+            if node.op == "placeholder":
+                env[node] = next(inputs)
+            elif node.op == "output":
+                return args[0]
+            elif node.op == "get_attr":
+                env[node] = self.add(_Attribute(owner, str(node.target)), (), {}, name)
+            elif node.op == "call_module":
+                env[node] = self.call(trace.called[node], name, args, kwargs)
+                self.watch_path(owner, str(node.target))
+            elif isinstance(node.target, AttributeCall):
+                env[node] = self.add(node.target.function, args, kwargs, name)
+                self.guards.reads.append((owner, node.target.attribute, node.target.function))
+            else:
+                env[node] = self.add(node.target, args, kwargs, prefix)
+        raise UntraceableError("its graph returns nothing")
+
+    def watch_path(self, owner: nn.Module, path: str) -> None:
+        for name in path.split("."):
+            child = owner._modules[name]
+            assert child is not None
+            self.guards.children.append((owner._modules, name, child))
+            owner = child
+
+    def call(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A child's call: written out, left away, or one operation."""
+        if isinstance(module, _IDENTITIES) and len(args) == 1 and not kwargs:
+            self.guards.watch_call(module)
+            self.guards.owners.append(module)
+            return args[0]
+        if isinstance(module, FUSED_TYPES):
+            self.guards.watch_call(module)
+            return self.add(module, args, kwargs, name)
+        if not has_forward(module) or any(
+            (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ):
+            return self.add(module, args, kwargs, name)
+        try:
+            trace = _trace(module, name)
+            arguments = _bind(trace, args, kwargs)
+        except UntraceableError:
+            return self.add(module, args, kwargs, name)
+        self.guards.watch_call(module)
+        return self.inline(trace, name, arguments)
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """Reads a parameter, buffer or other attribute anew in every run."""
+
+    owner: nn.Module
+    path: str
+
+    def __call__(self) -> Any:
+        value: Any = self.owner
+        for name in self.path.split("."):
+            value = getattr(value, name)
+        return value
+
+
+def _trace(module: nn.Module, name: str) -> ForwardTrace:
+    own = vars(module).get("forward")
+    if own is not None and not isinstance(own, OwnForward):
+        raise UntraceableError("its forward is set on the instance")
+    trace = trace_forward(module, name, training=False)
+    reason = why_not_rewritable(trace)
+    if reason:
+        raise UntraceableError(reason)
+    if str(trace_forward(module, name, training=False, seed=1).graph) != str(trace.graph):
+        raise UntraceableError("two traces of it differ: it depends on something beyond its inputs")
+    return trace
+
+
+def _parameters(trace: ForwardTrace) -> list[str]:
+    names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
+    if any(name.startswith("*") for name in names):
+        raise UntraceableError("its forward takes a variable number of arguments")
+    return names
+
+
+def _bind(trace: ForwardTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a call in the order of the graph's placeholders."""
+    names = _parameters(trace)
+    try:
+        bound = inspect.signature(type(trace.owner).forward).bind(trace.owner, *args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UntraceableError(str(error)) from error
+    bound.apply_defaults()
+    return [bound.arguments[name] for name in names]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The forward that `optimize(mode="inference")` sets on a model whose graph can be written out."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..settings import keep_workspace
+from .eligible import FUSED_TYPES
+from .filters import FilterCache, is_plain_inference
+from .find import has_forward
+from .flatten import Guards, flatten
+from .forward import OwnForward
+from .frames import Blueprint, Frame, first_run
+from .journal import Journal, journal_of
+from .steps import CatStep, ConvStep, PoolStep, Steps, make_steps
+from .trace import PLAIN, UntraceableError
+
+# Kinds of input whose placement is remembered, and bytes of arenas that wait for the next run.
+SIGNATURES = 8
+IDLE_BYTES = 256 << 20
+
+Signature = tuple[Any, ...]
+
+
+class Program:
+    """A model's steps, with a blueprint and idle frames for each signature of inputs."""
+
+    def __init__(self, model: nn.Module, filters: FilterCache) -> None:
+        flat = flatten(model)
+        self.filters = filters
+        self.guards: Guards = flat.guards
+        self.steps: Steps = make_steps(flat)
+        self._lock = threading.Lock()
+        self._blueprints: OrderedDict[Signature, Blueprint] = OrderedDict()
+        self._idle: list[Frame] = []
+        keep_workspace(self)
+
+    def run(self, inputs: Sequence[Any], signature: Signature) -> Any:
+        """The model's output; the inputs are those of the signature."""
+        blueprint = self._blueprints.get(signature)
+        if blueprint is None:
+            output, seen = first_run(self.steps, inputs)
+            blueprint = Blueprint(self.steps, seen)
+            with self._lock:
+                self._blueprints[signature] = blueprint
+                while len(self._blueprints) > SIGNATURES:
+                    self._blueprints.popitem(last=False)
+            return output
+        frame = self._take(signature, blueprint)
+        forms = frame.refresh()
+        try:
+            return frame.run(inputs)
+        finally:
+            del forms
+            self._give_back(frame)
+
+    def _take(self, signature: Signature, blueprint: Blueprint) -> Frame:
+        with self._lock:
+            if signature in self._blueprints:
+                self._blueprints.move_to_end(signature)
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position].blueprint is blueprint:
+                    return self._idle.pop(position)
+        return Frame(blueprint, self.filters)
+
+    def _give_back(self, frame: Frame) -> None:
+        """Keep the frames used last, within the bound."""
+        with self._lock:
+            self._idle.append(frame)
+            kept = 0
+            for position in reversed(range(len(self._idle))):
+                kept += self._idle[position].blueprint.arena_bytes
+                if kept > IDLE_BYTES:
+                    del self._idle[: position + 1]
+                    break
+
+    def release(self) -> int:
+        """Free the arenas that wait for the next run; gives their bytes."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        return sum(frame.blueprint.arena_bytes for frame in idle)
+
+    def notes(self) -> dict[str, str]:
+        """Of the signature used last: what was done with each convolution, by name."""
+        with self._lock:
+            last = next(reversed(self._blueprints.values()), None)
+        return last.notes() if last is not None else {}
+
+    def __str__(self) -> str:
+        counts = [
+            (sum(isinstance(step, kind) for step in self.steps.steps), name)
+            for kind, name in (
+                (ConvStep, "convolution"),
+                (PoolStep, "max-pool"),
+                (CatStep, "concatenation"),
+            )
+        ]
+        rest = len(self.steps.steps) - sum(count for count, _ in counts)
+        counts.append((rest, "other operation"))
+        return ", ".join(f"{n} {name}{'s' if n != 1 else ''}" for n, name in counts if n)
+
+
+class InferenceForward(OwnForward):
+    """Set as `forward` on an instance: runs the model's program while no gradient is needed.
+
+    Everything else runs as before: training mode, autograd, autocast, torch.compile, torch.func,
+    other devices, and a model that has changed since. Copies and pickles hold no program; they
+    write theirs out at their first call.
+    """
+
+    def __init__(
+        self, owner: nn.Module, inner: Callable[..., Any] | None, filters: FilterCache
+    ) -> None:
+        self.owner = owner
+        self.inner = inner
+        self.filters = filters
+        self.program: Program | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "program": None}
+
+    def build(self) -> Program:
+        """Write the model out. Raises UntraceableError with the reason where that is unsafe."""
+        program = self.program
+        if program is None:
+            program = self.program = Program(self.owner, self.filters)
+        return program
+
+    def notes(self) -> dict[str, str]:
+        """What the last run without gradients did with each convolution, by name."""
+        return self.program.notes() if self.program is not None else {}
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward without a program, module by module."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self.owner.training or not is_plain_inference():
+            return self.plain(*args, **kwargs)
+        try:
+            program = self.build()
+        except UntraceableError:  # a copy that was changed: its modules are right
+            return self.plain(*args, **kwargs)
+        inputs = self._bind(program, args, kwargs)
+        signature = _signature(inputs) if inputs is not None else None
+        if inputs is None or signature is None or not program.guards.hold():
+            return self.plain(*args, **kwargs)
+        if torch.is_grad_enabled() and self._needs_gradient(inputs):
+            return self.plain(*args, **kwargs)
+        return program.run(inputs, signature)
+
+    def _bind(
+        self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Sequence[Any] | None:
+        """The arguments in the program's order; None for a call that the forward would reject."""
+        parameters = program.steps.parameters
+        if not kwargs and len(args) == len(parameters):
+            return args
+        try:
+            bound = inspect.signature(type(self.owner).forward).bind(self.owner, *args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return [bound.arguments[name] for name, _ in parameters]
+
+    def _needs_gradient(self, inputs: Sequence[Any]) -> bool:
+        return any(isinstance(x, Tensor) and x.requires_grad for x in inputs) or any(
+            parameter.requires_grad for parameter in self.owner.parameters()
+        )
+
+
+def _signature(inputs: Sequence[Any]) -> Signature | None:
+    """What the placement of values may depend on; None for inputs that it is not made for."""
+    parts: list[Any] = []
+    for x in inputs:
+        if type(x) is Tensor:
+            if x.layout is not torch.strided or x.device.type != "cpu":
+                return None
+            parts.append((x.shape, x.dtype))
+        elif isinstance(x, PLAIN):
+            parts.append((type(x), x))
+        else:
+            return None
+    return tuple(parts)
+
+
+def install(journal: Journal, filters: FilterCache, *, wrapped: bool) -> None:
+    """Set an `InferenceForward` on the model, or on the largest parts of it that have a graph."""
+    report = journal.report
+    if report.memory_format != "channels_last":
+        report.graphs[""] = "module by module: it does not run in channels_last"
+    elif wrapped:
+        report.graphs[""] = "module by module: DataParallel copies modules without their forwards"
+    else:
+        _install(journal, journal.owner, "", filters)
+
+
+def _install(journal: Journal, module: nn.Module, name: str, filters: FilterCache) -> None:
+    if isinstance(module, FUSED_TYPES) or not any(
+        isinstance(part, FUSED_TYPES) for part in module.modules()
+    ):
+        return
+    if has_forward(module):
+        forward = InferenceForward(module, vars(module).get("forward"), filters)
+        try:
+            program = forward.build()
+        except UntraceableError as error:
+            journal.report.graphs[name] = f"module by module: {error}"
+        else:
+            journal.set_forward(module, forward)
+            journal.report.graphs[name] = f"one graph: {program}"
+            return
+    for attribute, child in module.named_children():
+        _install(journal, child, f"{name}.{attribute}".strip("."), filters)
+
+
+def prepared_bytes(model: nn.Module) -> int:
+    """Bytes of the filters that a model holds packed for inference, see `optimize`; 0 for others.
+
+    They come on top of the parameters, and go with the model or with `restore`.
+    """
+    caches = {
+        id(journal.report.filters): journal.report
+        for journal in map(journal_of, model.modules())
+        if journal is not None
+    }
+    return sum(report.prepared_bytes for report in caches.values())
