@@ -86,6 +86,7 @@ KERNEL_SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/igemm.cpp",
+    "csrc/cpu/layout.cpp",
     "csrc/cpu/packing.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/cpu/pool.cpp",

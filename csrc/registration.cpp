@@ -29,7 +29,10 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");
   m.def("release_prepared(int handle) -> ()");
+  // Between convolutions, in channels_last.
   m.def("max_pool2x2(Tensor input, Tensor(a!) output) -> ()");
+  m.def("max_pool2x2_backward(Tensor grad_output, Tensor output, Tensor input, Tensor(a!) grad_input) -> ()");
+  m.def("to_contiguous(Tensor input) -> Tensor");
   m.def("allocate_workspace(Tensor like, int bytes) -> Tensor");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_precision(str name) -> str");

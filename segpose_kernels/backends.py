@@ -46,7 +46,7 @@ SCHEMAS = {
 
 _PAIRS = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups"
 # Of the CPU kernels only.
-_INFERENCE_SCHEMAS = {
+_CPU_SCHEMAS = {
     "prepare_conv": (
         f"(Tensor weight, Tensor? bias, int[4] input_shape, {_PAIRS}, bool transposed, "
         "float negative_slope, int max_bytes, int[] donors) -> int"
@@ -57,6 +57,10 @@ _INFERENCE_SCHEMAS = {
     "prepared_info": "(int handle) -> (str, int, int)",
     "release_prepared": "(int handle) -> ()",
     "max_pool2x2": "(Tensor input, Tensor(a!) output) -> ()",
+    "max_pool2x2_backward": (
+        "(Tensor grad_output, Tensor output, Tensor input, Tensor(a!) grad_input) -> ()"
+    ),
+    "to_contiguous": "(Tensor input) -> Tensor",
     "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
     "settings_key": "() -> int",
 }
@@ -83,7 +87,7 @@ class Library:
 
 def _schema_difference() -> str | None:
     """First operator whose registered schema is not the one this version calls."""
-    for name, expected in {**SCHEMAS, **_INFERENCE_SCHEMAS}.items():
+    for name, expected in {**SCHEMAS, **_CPU_SCHEMAS}.items():
         packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
         if packet is None:
             return f"it has no operator {NAMESPACE}::{name}"

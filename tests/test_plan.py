@@ -185,7 +185,9 @@ def test_choice_does_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_exact_sums_directly(op: str, dtype: str) -> None:
-    direct = {"depthwise", "gathered", "igemm", "rows"} | ({"split"} if dtype == "bfloat16" else set())
+    direct = {"depthwise", "gathered", "igemm", "rows"} | (
+        {"split"} if dtype == "bfloat16" else set()
+    )
     for spec in ALL:
         assert _plan.plan(problem_of(spec), op, dtype, precision="exact").algorithm in direct
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Max-pooling over 2 x 2 pixels with stride 2, rows of channels at a time.
+// Max-pooling over 2 x 2 pixels with stride 2, rows of channels at a time, and its gradient. The gradient finds the
+// largest value of a window again, by comparison with the result: eight bytes of index a window are not kept.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -78,6 +79,59 @@ void pool(const TensorView& in, const TensorView& out, const Executor& executor,
   });
 }
 
+template <class T>
+inline T value_of(T bits) {
+  return bits;
+}
+// Any monotonous value will do to compare with; NaNs stay apart from each other and from themselves.
+struct Bfloat16Bits {
+  uint16_t bits;
+};
+struct Float16Bits {
+  uint16_t bits;
+};
+inline float value_of(Bfloat16Bits value) { return bfloat16_to_float(value.bits); }
+inline float value_of(Float16Bits value) { return float16_to_float(value.bits); }
+
+// dx of a window: dy where x is the result, at the first such place, or at the last NaN.
+template <class T>
+void unpool_pixel(const T* dy, const T* y, const T* const (&x)[4], int64_t channels, T* const (&dx)[4]) {
+  for (int64_t i = 0; i < channels; ++i) {
+    const auto result = value_of(y[i]);
+    int place = 0;
+    if (result == result) {
+      for (int k = 3; k >= 0; --k) place = value_of(x[k][i]) == result ? k : place;
+    } else {
+      for (int k = 0; k < 4; ++k) place = value_of(x[k][i]) != value_of(x[k][i]) ? k : place;
+    }
+    for (int k = 0; k < 4; ++k) dx[k][i] = k == place ? dy[i] : T{};
+  }
+}
+
+// What lies beyond the last whole window gets no gradient.
+template <class T>
+void clear_edges(const TensorView& dx, int64_t n, int64_t row, int64_t from_column) {
+  for (int64_t w = from_column; w < dx.w; ++w) std::fill_n(dx.as<T>() + dx.offset(n, row, w), dx.c, T{});
+}
+
+template <class T>
+void unpool(const TensorView& dy, const TensorView& y, const TensorView& x, const TensorView& dx,
+            const Executor& executor) {
+  for_each_task(executor, x.n * ((x.h + 1) / 2), [&](int64_t task, int64_t) {
+    const int64_t n = task / ((x.h + 1) / 2);
+    const int64_t p = task % ((x.h + 1) / 2);
+    if (p == y.h) return clear_edges<T>(dx, n, 2 * p, 0);
+    for (int64_t q = 0; q < y.w; ++q) {
+      const T* from = x.as<const T>() + x.offset(n, 2 * p, 2 * q);
+      T* to = dx.as<T>() + dx.offset(n, 2 * p, 2 * q);
+      unpool_pixel<T>(dy.as<const T>() + dy.offset(n, p, q), y.as<const T>() + y.offset(n, p, q),
+                      {from, from + x.stride_w, from + x.stride_h, from + x.stride_h + x.stride_w}, x.c,
+                      {to, to + dx.stride_w, to + dx.stride_h, to + dx.stride_h + dx.stride_w});
+    }
+    for (int64_t row = 2 * p; row < 2 * p + 2; ++row) clear_edges<T>(dx, n, row, 2 * y.w);
+  });
+}
+
 // Rows and columns beyond the last whole window are left out.
 void max_pool2x2(const Tensor& input, Tensor output) {
   STD_TORCH_CHECK(input.dim() == 4 && output.dim() == 4, "segpose: input and output must be 4-D");
@@ -102,7 +156,34 @@ void max_pool2x2(const Tensor& input, Tensor output) {
   }
 }
 
+void max_pool2x2_backward(const Tensor& grad_output, const Tensor& output, const Tensor& input, Tensor grad_input) {
+  const TensorView dy = view_of(grad_output), y = view_of(output), x = view_of(input), dx = view_of(grad_input);
+  const auto alike = [](const TensorView& a, const TensorView& b) {
+    return a.dtype == b.dtype && a.n == b.n && a.c == b.c && a.h == b.h && a.w == b.w;
+  };
+  STD_TORCH_CHECK(alike(dy, y) && alike(x, dx) && x.dtype == y.dtype && x.n == y.n && x.c == y.c && x.h / 2 == y.h &&
+                      x.w / 2 == y.w,
+                  "segpose: the gradients must have the shapes and the dtype of input and output");
+  for (const TensorView* view : {&dy, &y, &x, &dx}) {
+    STD_TORCH_CHECK(view->c <= 1 || view->stride_c == 1, "segpose: channels must be adjacent");
+  }
+  const Executor executor = torch_executor();
+  switch (x.dtype) {
+    case DType::float32:
+      return unpool<float>(dy, y, x, dx, executor);
+    case DType::float64:
+      return unpool<double>(dy, y, x, dx, executor);
+    case DType::bfloat16:
+      return unpool<Bfloat16Bits>(dy, y, x, dx, executor);
+    case DType::float16:
+      return unpool<Float16Bits>(dy, y, x, dx, executor);
+  }
+}
+
 }  // namespace
 }  // namespace segpose
 
-STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) { m.impl("max_pool2x2", TORCH_BOX(&segpose::max_pool2x2)); }
+STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
+  m.impl("max_pool2x2", TORCH_BOX(&segpose::max_pool2x2));
+  m.impl("max_pool2x2_backward", TORCH_BOX(&segpose::max_pool2x2_backward));
+}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..backends import BACKENDS, LIBRARY
-from .eligible import JOURNAL
+from ..pooling import MaxPool2x2, is_pool2x2
+from .eligible import JOURNAL, why_not_plain
 from .filters import FilterCache
 from .find import Analysis, ConvPlan, Pair, analyse
 from .forward import RewrittenForward, rewrite
@@ -264,6 +265,12 @@ def _apply(
             journal.replace_attribute(owner, key[2], AbsorbedCall(text))
     for identity, forward in forwards.items():
         journal.set_forward(owners[identity], forward)
+    if journal.report.mode == "train":
+        for module in modules.values():
+            if is_pool2x2(module) and not why_not_plain(module):
+                pool = MaxPool2x2()
+                pool.training = module.training
+                _replace_everywhere(analysis, module, pool, journal)
 
 
 def _absorbing(analysis: Analysis) -> dict[Key, list[ConvPlan]]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from ..pooling import contiguous
 from .trace import AttributeCall, ForwardTrace
 
 # What raises or answers differently for other strides.
@@ -129,7 +130,7 @@ def _contiguous(value: Any) -> Any:
     if not _is_image(value) or _is_contiguous(value):
         return value
     # One channel: only the strides say channels_last, and a view has others.
-    return value.flatten().view(value.shape) if value.is_contiguous() else value.contiguous()
+    return value.flatten().view(value.shape) if value.is_contiguous() else contiguous(value)
 
 
 def _is_image(value: Any) -> bool:
