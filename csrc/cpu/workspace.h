@@ -45,6 +45,10 @@ class WorkspacePool {
  public:
   // Larger buffers are given back at once.
   static constexpr int64_t kRetainedBytes = int64_t{256} << 20;
+  // One that so many calls had no use for is given back: a training step peaks long after its largest layer.
+  static constexpr int64_t kIdleCalls = 8;
+  static constexpr int64_t kMostSpare = 4;
+  static constexpr int64_t kSmallBytes = int64_t{1} << 20;
 
   // Never destroyed: tensors must not be freed after torch's own statics.
   static WorkspacePool& instance() {
@@ -54,37 +58,49 @@ class WorkspacePool {
 
   torch::stable::Tensor acquire(int64_t bytes, const torch::stable::Device& device) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Sorted by size: the smallest that is large enough, or a new one in place of the largest.
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-      if (it->numel() < bytes) continue;
-      torch::stable::Tensor tensor = *it;
-      free_.erase(it);
+    ++calls_;
+    free_.erase(
+        std::remove_if(free_.begin(), free_.end(), [&](const Kept& kept) { return calls_ - kept.used > kIdleCalls; }),
+        free_.end());
+    // Sorted by size: the smallest that is large enough, unless most of it would lie idle; or a new one in place of the
+    // largest that is too small.
+    const auto fit =
+        std::find_if(free_.begin(), free_.end(), [&](const Kept& kept) { return kept.tensor.numel() >= bytes; });
+    if (fit != free_.end() && fit->tensor.numel() <= std::max(kMostSpare * bytes, kSmallBytes)) {
+      torch::stable::Tensor tensor = fit->tensor;
+      free_.erase(fit);
       return tensor;
     }
-    if (!free_.empty()) free_.pop_back();
+    if (fit != free_.begin()) free_.erase(fit - 1);
     return allocate_bytes(bytes, device);
   }
 
   void release(torch::stable::Tensor tensor) {
     if (tensor.numel() > kRetainedBytes) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto place =
-        std::find_if(free_.begin(), free_.end(), [&](const auto& other) { return other.numel() > tensor.numel(); });
-    free_.insert(place, std::move(tensor));
+    const auto place = std::find_if(free_.begin(), free_.end(),
+                                    [&](const Kept& other) { return other.tensor.numel() > tensor.numel(); });
+    free_.insert(place, Kept{std::move(tensor), calls_});
   }
 
   // Frees what is kept and says how much it was.
   int64_t clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     int64_t bytes = 0;
-    for (const auto& tensor : free_) bytes += tensor.numel();
+    for (const Kept& kept : free_) bytes += kept.tensor.numel();
     free_.clear();
     return bytes;
   }
 
  private:
+  struct Kept {
+    torch::stable::Tensor tensor;
+    int64_t used;  // the call before it was released
+  };
+
   std::mutex mutex_;
-  std::vector<torch::stable::Tensor> free_;
+  std::vector<Kept> free_;
+  int64_t calls_ = 0;
 };
 
 // A buffer of the pool for as long as this object lives. Concurrent calls each hold their own.
