@@ -145,6 +145,22 @@ class OutputSize(nn.Module):
         return self.up(F.relu(self.down(x)), output_size=[x.size(2), x.size(3)])
 
 
+class SizedSlices(nn.Module):
+    """Slices whose ends are computed from sizes, and arguments in nested containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 4)
+        self.c = conv(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        rows, columns = a.size(2) // 2, a.size(3) - 2
+        cut = a[:, :, :rows, 1:columns]
+        b = F.relu(self.b(cut))
+        return self.c(torch.stack([b, cut[:, :, :rows]])[0][..., : columns - 1])
+
+
 class Padded(nn.Module):
     """Paddings that run before the kernel."""
 

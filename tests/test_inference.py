@@ -101,6 +101,7 @@ MODELS: tuple[tuple[str, Build, tuple[int, ...], tuple[int, int, int] | None], .
     ("unpooled value used too", nets.UnpooledToo, (2, 3, 13, 11), (4, 3, 1)),
     ("shared", nets.Shared, (2, 3, 16, 12), (4, 2, 0)),
     ("views", nets.Views, IMAGE, (3, 0, 0)),
+    ("slices of computed size", nets.SizedSlices, (2, 3, 10, 9), (3, 0, 0)),
     ("output size", nets.OutputSize, (2, 3, 10, 9), (1, 0, 0)),
     ("paddings", nets.Padded, IMAGE, (4, 0, 0)),
     ("rows chosen by value", nets.Depending, (6, 3, 8, 8), (3, 0, 1)),
@@ -340,6 +341,17 @@ def test_changes_of_the_model_are_seen() -> None:
         model.all_stages = plain.all_stages = False
         model.conv5 = plain.conv5 = nn.Conv2d(6, 2, 1).double()
         assert_same(model, plain, x)
+        pooled = model.maxpool
+        handle = pooled.register_forward_hook(lambda m, args, out: seen.append(out))
+        model(x)
+        assert len(seen) == 2
+        handle.remove()
+        pooled.kernel_size = pooled.stride = plain.maxpool.kernel_size = plain.maxpool.stride = 4
+        assert_same(model, plain, x)
+        pooled.kernel_size = pooled.stride = plain.maxpool.kernel_size = plain.maxpool.stride = 2
+        model.conv2.negative_slope = 0.5
+        assert not torch.equal(model(x), plain(x))
+        model.conv2.negative_slope = 0.01
         model.conv5.forward = lambda y: y[:, :1]
         assert model(x).shape[1] == 1
         model.train()
