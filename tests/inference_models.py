@@ -66,12 +66,13 @@ class ChangedConcatenation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = conv(3, 4), conv(3, 4), conv(8, 4)
+        self.d = conv(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         both = torch.cat((a, self.b(x)), 1)
         both = both.mul_(2).clamp_(-1, 1)
-        return self.c(both) + self.c(torch.cat((a, a), 1))
+        return self.c(both) + self.d(a)
 
 
 class Returned(nn.Module):
@@ -145,6 +146,22 @@ class OutputSize(nn.Module):
         return self.up(F.relu(self.down(x)), output_size=[x.size(2), x.size(3)])
 
 
+class SizedSlices(nn.Module):
+    """Slices whose ends are computed from sizes, and arguments in nested containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 4)
+        self.c = conv(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        rows, columns = a.size(2) // 2, a.size(3) - 2
+        cut = a[:, :, :rows, 1:columns]
+        b = F.relu(self.b(cut))
+        return self.c(torch.stack([b, cut[:, :, :rows]])[0][..., : columns - 1])
+
+
 class Padded(nn.Module):
     """Paddings that run before the kernel."""
 
@@ -169,7 +186,7 @@ class Depending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.a(x))
-        rows = a[a.mean(dim=(1, 2, 3)) > a.mean()]
+        rows = a[x[:, 0, 0, 0] > 0]
         b = F.relu(self.b(rows))
         return self.c(torch.cat((b, rows), 1))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class Form:
         output_shape: Shape,
     ) -> None:
         self.handle = handle
+        # Looked up now: at the interpreter's exit torch's modules may be gone before this object.
+        self._release = torch.ops.segpose.release_prepared.default
         self.weight = weight
         self.bias = bias
         self.versions = _versions(weight, bias)
@@ -90,10 +92,8 @@ class Form:
             and self.versions == _versions(weight, bias)
         )
 
-    def __del__(self, release: Callable[[int], None] | None = None) -> None:
-        release = release or getattr(torch.ops.segpose, "release_prepared", None)
-        if release is not None:
-            release(self.handle)
+    def __del__(self) -> None:
+        self._release(self.handle)
 
 
 def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:

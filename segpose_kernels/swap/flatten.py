@@ -9,12 +9,11 @@ into `Guards`, which are looked at before every run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from .eligible import FUSED_TYPES
 from .find import has_forward
@@ -23,6 +22,13 @@ from .pieces import AbsorbedActivation, FoldedBatchNorm2d
 from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
 
 _IDENTITIES = (AbsorbedActivation, FoldedBatchNorm2d, nn.Identity)
+# Modules whose calls steps may replace, with what decides how.
+_REPLACED: dict[Any, tuple[str, ...]] = {
+    FUSED_TYPES: ("activation", "negative_slope"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.ReLU: (),
+}
 _MISSING = object()
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
@@ -32,6 +38,19 @@ class Value:
     """Stands for the result of an operation, by its number, among the arguments of others."""
 
     index: int
+
+
+def values_in(template: Any) -> Iterator[Value]:
+    """The values in nested arguments, in order."""
+    if isinstance(template, Value):
+        yield template
+    elif isinstance(template, slice):
+        yield from values_in((template.start, template.stop, template.step))
+    elif isinstance(template, dict):
+        yield from values_in(tuple(template.values()))
+    elif isinstance(template, (tuple, list)):
+        for item in template:
+            yield from values_in(item)
 
 
 @dataclass(eq=False)
@@ -47,7 +66,7 @@ class Operation:
     @property
     def inputs(self) -> list[Value]:
         """The values it reads, in order, repetitions included."""
-        return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
+        return list(values_in((self.args, self.kwargs)))
 
 
 @dataclass
@@ -162,9 +181,11 @@ class _Flattener:
             self.guards.watch_call(module)
             self.guards.owners.append(module)
             return args[0]
-        if isinstance(module, FUSED_TYPES):
-            self.guards.watch_call(module)
-            return self.add(module, args, kwargs, name)
+        for kind, attributes in _REPLACED.items():
+            if isinstance(module, kind):
+                self.guards.watch_call(module)
+                self.guards.reads += [(module, a, getattr(module, a)) for a in attributes]
+                return self.add(module, args, kwargs, name)
         if not has_forward(module) or any(
             (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         ):

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from .activation import Activation, ActivationCall, of_function, of_module
 from .eligible import FUSED_TYPES, Fused
-from .flatten import FlatModel, Operation, Value
+from .flatten import FlatModel, Operation, Value, values_in
 from .pieces import run_convolution
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
@@ -96,8 +95,7 @@ class Steps:
     writers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        leaves = pytree.tree_leaves(self.output)
-        self.outputs = {leaf.index for leaf in leaves if isinstance(leaf, Value)}
+        self.outputs = {value.index for value in values_in(self.output)}
         for position, step in enumerate(self.steps):
             self.writers[step.writes] = position
             for index in dict.fromkeys(step.reads):
@@ -131,9 +129,8 @@ def make_steps(flat: FlatModel) -> Steps:
     for operation in flat.operations:
         for value in operation.inputs:
             readers[value.index] = readers.get(value.index, 0) + 1
-    for leaf in pytree.tree_leaves(flat.output):
-        if isinstance(leaf, Value):
-            readers[leaf.index] = readers.get(leaf.index, 0) + 1
+    for value in values_in(flat.output):
+        readers[value.index] = readers.get(value.index, 0) + 1
     steps: list[Step] = []
     producers: dict[int, Step] = {}
     for operation in flat.operations:
@@ -175,8 +172,8 @@ def _is_pool(operation: Operation) -> bool:
             target.ceil_mode,
             target.return_indices,
         )
-        plain = type(target) is nn.MaxPool2d and not target._forward_hooks
-        return plain and len(operation.args) == 1 and not operation.kwargs and _halves(*options)
+        plain = type(target) is nn.MaxPool2d and len(operation.args) == 1
+        return plain and not operation.kwargs and _halves(*options)
     if target is not F.max_pool2d and target is not torch.max_pool2d:
         return False
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -229,7 +226,7 @@ def _is_channel_cat(operation: Operation) -> bool:
 def _activation(operation: Operation) -> ActivationCall | None:
     target = operation.target
     if isinstance(target, nn.Module):
-        return of_module(target) if not target._forward_hooks else None
+        return of_module(target)
     if isinstance(target, str):
         return ActivationCall("relu", Activation("relu")) if target in ("relu", "relu_") else None
     return of_function(target, operation.args[1:], operation.kwargs)
