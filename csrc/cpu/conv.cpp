@@ -39,19 +39,49 @@ Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weight, const OptionalTensor& bias,
-                const Tensor& destination, const Epilogue& epilogue) {
+char* advance(void* data, int64_t elements, DType dtype) {
+  return static_cast<char*>(data) + elements * dtype_size(dtype);
+}
+
+void run_request(const GatherPass& request, const Tensor& like) {
   const Executor executor = torch_executor();
-  const GatherPass request{&plan,
-                           source,
-                           filter_of(weight),
-                           nullptr,
-                           bias.has_value() ? bias->data_ptr() : nullptr,
-                           bias.has_value() ? bias->stride(0) : 0,
-                           view_of(destination),
-                           epilogue};
-  const Workspace workspace(gather_workspace(request, executor.workers), weight);
+  const Workspace workspace(gather_workspace(request, executor.workers), like);
   run_gather_pass(request, workspace.data(), executor);
+}
+
+// A transformed filter is up to eight times as large as the filter: a pass whose filter would take more than this reads
+// its source again for every part of the destination's channels.
+constexpr int64_t kMostFilterBytes = int64_t{32} << 20;
+constexpr int64_t kChannelMultiple = 64;
+
+void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weight, const OptionalTensor& bias,
+                const Tensor& destination, const Epilogue& epilogue, Precision precision) {
+  const int64_t bias_stride = bias.has_value() ? bias->stride(0) : 0;
+  const GatherPass whole{&plan,
+                         source,
+                         filter_of(weight),
+                         nullptr,
+                         bias.has_value() ? bias->data_ptr() : nullptr,
+                         bias_stride,
+                         view_of(destination),
+                         epilogue};
+  const int64_t channels = plan.columns();
+  const int64_t parts = packed_filter_bytes(plan) / kMostFilterBytes + 1;
+  if (parts == 1 || plan.problem.groups > 1 || channels < 2 * kChannelMultiple) return run_request(whole, weight);
+  const bool forward = plan.pass == Pass::fprop;
+  const int64_t step = (channels / parts + kChannelMultiple - 1) / kChannelMultiple * kChannelMultiple;
+  for (int64_t first = 0; first < channels; first += step) {
+    GatherPass part = whole;
+    ConvProblem problem = plan.problem;
+    part.destination.c = (forward ? problem.k : problem.c) = std::min(step, channels - first);
+    const Plan part_plan = plan_for(problem, plan.pass, weight, precision);
+    part.plan = &part_plan;
+    const int64_t filter_step = forward ? part.filter.stride_k : part.filter.stride_c;
+    part.filter.data = advance(part.filter.data, first * filter_step, plan.dtype);
+    if (bias.has_value()) part.bias = advance(bias->data_ptr(), first * bias_stride, plan.dtype);
+    part.destination.data = advance(part.destination.data, first * part.destination.stride_c, plan.dtype);
+    run_request(part, weight);
+  }
 }
 
 // act(bias) everywhere: what a convolution over no channels gives.
@@ -68,7 +98,7 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
   Tensor weight = torch::stable::new_zeros(output, {output.size(1), 1, 1, 1});
   Tensor source = torch::stable::new_zeros(output, {output.size(0), output.size(1), output.size(2), output.size(3)});
   run_gather(plan_for(one, Pass::fprop, weight, Precision::exact), {view_of(source), nullptr}, weight, bias, output,
-             epilogue);
+             epilogue, Precision::exact);
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
@@ -81,8 +111,9 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Plan plan = plan_for(problem, forward_pass(attributes), weight, current_precision(problem, weight));
-    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue);
+    const Precision precision = current_precision(problem, weight);
+    const Plan plan = plan_for(problem, forward_pass(attributes), weight, precision);
+    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue, precision);
   }
   return output;
 }
@@ -169,7 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
                                                     : GradientUse::fused;
     MaskedGradient gradient;
     mask_gradient(gradient, grad_output, output, epilogue, use, grad_bias);
-    if (by_input) run_gather(input_plan, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0});
+    if (by_input) {
+      run_gather(input_plan, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0}, precision);
+    }
     const MaskedSource activation{view_of(input), nullptr};
     if (by_weight && attributes.transposed) run_wgrad(weight_plan, activation, gradient.source, grad_weight);
     if (by_weight && !attributes.transposed) run_wgrad(weight_plan, gradient.source, activation, grad_weight);

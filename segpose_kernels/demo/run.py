@@ -303,7 +303,9 @@ def _measure(settings: Settings) -> tuple[list[TimingRow], list[MemoryRow]]:
         *time_workload(segnet, seconds=settings.timing_seconds, least_rounds=5),
         *time_workload(pose, seconds=settings.timing_seconds, least_rounds=4),
     ]
-    memory = [measure_memory(segnet), measure_memory(pose)]
+    # In a batch, as in training: for one image the weights outweigh the activations.
+    batch = pose_workload(settings.timed_size, settings.pose_width, batch=4)
+    memory = [measure_memory(segnet), measure_memory(batch)]
     header = ("model", "operation", *IMPLEMENTATIONS, "ratio")
     cells = [
         (

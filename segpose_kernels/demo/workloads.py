@@ -47,11 +47,11 @@ def segnet_workload(batch: int = 64) -> Workload:
     )
 
 
-def pose_workload(size: int = 256, width: float = 1.0) -> Workload:
-    """CPM2DPose with 21 joints under squared error, on one random image."""
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+def pose_workload(size: int = 256, width: float = 1.0, batch: int = 1) -> Workload:
+    """CPM2DPose with 21 joints under squared error, on random images."""
+    image = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     return Workload(
-        f"CPM2DPose 1x3x{size}x{size}",
+        f"CPM2DPose {batch}x3x{size}x{size}",
         CPM2DPose(width=width),
         image,
         lambda heatmaps: heatmaps.square().sum(),
