@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.models import SegNet
 from segpose_kernels.nn import Conv2dAct
 from segpose_kernels.swap import checks, explain, optimize, validate
 
@@ -165,3 +166,24 @@ def test_plain_models_have_nothing_to_validate() -> None:
     model = copy.deepcopy(zoo.UNet())
     assert len(validate(model, torch.randn(1, 3, 16, 16))) == 0
     assert all(layer.backend == "torch" for layer in explain(model, torch.randn(1, 3, 16, 16)))
+
+
+def test_measured_times_stand_beside_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = optimize(SegNet(3))
+    explanation = explain(model, torch.randn(2, 1, 28, 28), measure=True)
+    assert len(explanation) == 6
+    for layer in explanation:
+        assert layer.time is not None
+        assert layer.time.measured > 0
+        assert layer.time.share > 0
+        assert layer.time.predicted > 0
+    printed = capsys.readouterr().out
+    for title in ("predicted ms", "measured ms", "of limit"):
+        assert title in printed
+    assert explain(model, torch.randn(2, 1, 28, 28), show=False).layers[0].time is None
+
+
+def test_measuring_is_for_the_cpu() -> None:
+    model, _ = optimize(SegNet(3))
+    with pytest.raises(ValueError, match="measure=True is for models on CPU"):
+        explain(model, torch.randn(2, 1, 28, 28), measure=True, arch="sm_90")

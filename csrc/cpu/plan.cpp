@@ -29,6 +29,8 @@ constexpr int64_t kWgradPixels = 512;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
+// Products of one sum over bands of rows, which is not cut into chunks: longer ones would round more than torch's.
+constexpr int64_t kRowsSteps = 2048;
 // Partial sums of a wgrad over bands of rows.
 constexpr int64_t kRowsWgradSplits = 24;
 constexpr int64_t kRowsWgradValues = 1 << 20;
@@ -353,7 +355,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = direct;
   choice.forced = options.algorithm == plan.algorithm;
-  if (plan.problem.n > 0) {
+  if (plan.problem.n > 0 && (plan.problem.taps() * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
     const bool wide = plan.dtype == DType::float64;
     const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
     const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);

@@ -9,6 +9,9 @@
 namespace segpose {
 namespace {
 
+// Values that one thread adds before another has woken up.
+constexpr int64_t kSerialValues = 32 << 10;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathered; }
@@ -243,7 +246,8 @@ void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout,
   const FilterView& out = launch.destination;
   const bool depthwise = plan.algorithm == Algorithm::depthwise;
   const int64_t channels = problem.c_per_group();
-  for_each_task(executor, problem.k, [&](int64_t k, int64_t) {
+  const Executor serial{1, nullptr};
+  for_each_task(plan.splits * layout.size() < kSerialValues ? serial : executor, problem.k, [&](int64_t k, int64_t) {
     for (int64_t t = 0; t < problem.taps(); ++t) {
       const int64_t base = depthwise ? layout.row(0, t, 0) + k
                                      : layout.row(k / layout.filters, t / layout.unit_taps, k % layout.filters) +

@@ -17,6 +17,7 @@ from .eligible import FUSED_TYPES
 from .inference import InferenceForward, prepared_bytes
 from .record import LayerCall, record_calls, rewritten_activations, run_once
 from .report import format_table
+from .timed import LayerTime, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LayerPlan:
         bytes: least traffic: input, weight, bias and output, each once.
         inference: of a model under `optimize(mode="inference")`, what was done with the layer:
             its packed filter, what runs right behind it, where it writes; empty for others.
+        time: predicted and measured milliseconds, where `explain` was asked to measure.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerPlan:
     flops: int
     bytes: int
     inference: str = ""
+    time: LayerTime | None = None
 
 
 @dataclass
@@ -78,6 +81,9 @@ class Explanation:
             "backend",
             "GFLOP",
             "MB",
+            "predicted ms",
+            "measured ms",
+            "of limit",
             "inference",
             "plan",
         )
@@ -89,22 +95,37 @@ class Explanation:
                 layer.backend,
                 f"{layer.flops / 1e9:.4f}",
                 f"{layer.bytes / 1e6:.3f}",
+                *_time_cells(layer.time),
                 layer.inference,
                 layer.algorithm,
             )
             for layer in self.layers
         ]
-        if not any(layer.inference for layer in self.layers):
-            shown = [index for index, title in enumerate(header) if title != "inference"]
-            header = tuple(header[index] for index in shown)
-            cells = [tuple(row[index] for index in shown) for row in cells]
+        # Columns that say something.
+        shown = [i for i in range(len(header)) if i < 6 or any(row[i] for row in cells)]
+        header = tuple(header[index] for index in shown)
+        cells = [tuple(row[index] for index in shown) for row in cells]
         total = f"{self.flops / 1e9:.3f} GFLOP in {len(self)} convolutions"
         if self.prepared_bytes:
             total += f", {self.prepared_bytes / 1e6:.1f} MB of packed filters"
         return f"{format_table(header, cells)}\n{total}"
 
 
-def explain(model: nn.Module, x: Any, *, arch: str | None = None, show: bool = True) -> Explanation:
+def _time_cells(time: LayerTime | None) -> tuple[str, str, str]:
+    if time is None:
+        return "", "", ""
+    predicted = f"{time.predicted:.3f}" if time.predicted else "-"
+    return predicted, f"{time.measured:.3f}", f"{100 * time.share:.0f}%"
+
+
+def explain(
+    model: nn.Module,
+    x: Any,
+    *,
+    arch: str | None = None,
+    measure: bool = False,
+    show: bool = True,
+) -> Explanation:
     """Run the model once and say, for each convolution, which backend and plan its forward uses.
 
     `x` is the model's input; a tuple or list is passed as positional arguments, a mapping as
@@ -114,13 +135,27 @@ def explain(model: nn.Module, x: Any, *, arch: str | None = None, show: bool = T
     `arch`, such as "sm_90", shows what the CUDA backend would choose on that architecture instead:
     kernel, blocks, split-K, predicted traffic. No GPU is needed for it.
 
-    Raises ValueError for an architecture that the CUDA backend has no kernels for.
+    `measure` runs every layer on CPU by itself some more times and adds predicted and measured
+    milliseconds and the share of the machine's limit: see `LayerTime`.
+
+    Raises ValueError for an architecture that the CUDA backend has no kernels for, and for
+    measuring what does not run on CPU.
     """
+    if measure and (arch is not None or next(model.parameters(), torch.empty(0)).is_cuda):
+        raise ValueError("segpose_kernels.explain: measure=True is for models on CPU")
     extra = rewritten_activations(model)
     calls = record_calls(model, x)
     layers = [_layer_plan(call, extra, arch) for call in calls]
     if arch is None:
         layers = _with_inference(model, x, calls, layers)
+    if measure:
+        stopwatch = Stopwatch()
+        layers = [
+            replace(
+                layer, time=stopwatch.time(call, _cpu_plan(call, layer), layer.flops, layer.bytes)
+            )
+            for call, layer in zip(calls, layers, strict=True)
+        ]
     explanation = Explanation(layers, prepared_bytes(model))
     if show:
         print(explanation)
@@ -180,7 +215,7 @@ def _layer_plan(call: LayerCall, extra: dict[str, str], arch: str | None) -> Lay
         elif backend == "cuda":
             arch = "sm_{}{}".format(*torch.cuda.get_device_capability(output.device))
         if backend in ("cpu", "cuda"):
-            algorithm = _plan_text(call, tuple(image.shape), tuple(out_shape), arch)
+            algorithm = _plan_text(call, arch)
         elif backend == "aten":
             algorithm = "torch's operators, one after the other"
         else:
@@ -215,15 +250,38 @@ def _problem_text(call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int,
     return " ".join([*parts, str(call.output.dtype).removeprefix("torch.")])
 
 
-def _plan_text(
-    call: LayerCall, shape: tuple[int, ...], out_shape: tuple[int, ...], arch: str | None
-) -> str:
+def _cpu_plan(call: LayerCall, layer: LayerPlan) -> Any:
+    """The plan of a layer that the CPU kernels run, None for others."""
+    if layer.backend != "cpu":
+        return None
+    _plan = importlib.import_module("segpose_kernels._plan")
+    problem, op = _problem_of(_plan, call)
+    dtype = str(call.output.dtype).removeprefix("torch.")
+    return _plan.plan(problem, op=op, dtype=dtype, prepared=bool(layer.inference))
+
+
+def _plan_text(call: LayerCall, arch: str | None) -> str:
     """The plan of this forward in its own words: the CPU kernels', or CUDA's for an arch."""
     try:
         # Compiled, and optional like the kernels it describes.
         _plan = importlib.import_module("segpose_kernels._plan")
     except ImportError as error:
         return f"plan unknown: {error}"
+    problem, op = _problem_of(_plan, call)
+    dtype = str(call.output.dtype).removeprefix("torch.")
+    if arch is None:
+        return str(_plan.plan(problem, op=op, dtype=dtype))
+    last = suggest_memory_format(call.output) == torch.channels_last
+    # torch's switch for float32 convolutions decides here as it does on the GPU.
+    tf32 = backends.tf32_allowed()
+    return str(
+        _plan.cuda_plan(problem, op=op, dtype=dtype, arch=arch, tf32=tf32, channels_last=last)
+    )
+
+
+def _problem_of(_plan: Any, call: LayerCall) -> tuple[Any, str]:
+    """The convolution problem of a call, and which of its passes the forward is."""
+    shape, out_shape = _batched(call.input), _batched(call.output)
     conv = call.module
     weight = tuple(conv.weight.shape)
     if isinstance(conv, nn.ConvTranspose2d):
@@ -252,12 +310,8 @@ def _plan_text(
             shape, weight, conv.stride, padding, conv.dilation, conv.groups
         )
         op = "fprop"
-    dtype = str(call.output.dtype).removeprefix("torch.")
-    if arch is None:
-        return str(_plan.plan(problem, op=op, dtype=dtype))
-    last = suggest_memory_format(call.output) == torch.channels_last
-    # torch's switch for float32 convolutions decides here as it does on the GPU.
-    tf32 = backends.tf32_allowed()
-    return str(
-        _plan.cuda_plan(problem, op=op, dtype=dtype, arch=arch, tf32=tf32, channels_last=last)
-    )
+    return problem, op
+
+
+def _batched(image: torch.Tensor) -> tuple[int, ...]:
+    return tuple(image.shape if image.dim() == 4 else image.unsqueeze(0).shape)
