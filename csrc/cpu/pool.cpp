@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "torch_views.h"
 
@@ -79,33 +80,71 @@ void pool(const TensorView& in, const TensorView& out, const Executor& executor,
   });
 }
 
+// What the gradient compares, a vector at a time, and the bits that it passes on. 16-bit numbers are compared by their
+// order, with both zeros equal.
 template <class T>
-inline T value_of(T bits) {
-  return bits;
-}
-// Any monotonous value will do to compare with; NaNs stay apart from each other and from themselves.
-struct Bfloat16Bits {
-  uint16_t bits;
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Bits [[gnu::vector_size(16)]] = int32_t;
+  using Values [[gnu::vector_size(16)]] = float;
+  static Values values(Bits bits) { return reinterpret_cast<Values>(bits); }
+  static Bits is_nan(Values values) { return values != values; }
 };
-struct Float16Bits {
-  uint16_t bits;
+
+template <>
+struct Lanes<double> {
+  using Bits [[gnu::vector_size(16)]] = int64_t;
+  using Values [[gnu::vector_size(16)]] = double;
+  static Values values(Bits bits) { return reinterpret_cast<Values>(bits); }
+  static Bits is_nan(Values values) { return values != values; }
 };
-inline float value_of(Bfloat16Bits value) { return bfloat16_to_float(value.bits); }
-inline float value_of(Float16Bits value) { return float16_to_float(value.bits); }
+
+template <int16_t kInfinity>
+struct Half {
+  int16_t bits;
+};
+
+template <int16_t kInfinity>
+struct Lanes<Half<kInfinity>> {
+  using Bits = segpose::Bits;
+  using Values = segpose::Bits;
+  static Values values(Bits bits) { return order<kInfinity>(bits & ~(bits == int16_t{INT16_MIN})); }
+  static Bits is_nan(Values values) { return values == int16_t{INT16_MAX}; }
+};
 
 // dx of a window: dy where x is the result, at the first such place, or at the last NaN.
 template <class T>
 void unpool_pixel(const T* dy, const T* y, const T* const (&x)[4], int64_t channels, T* const (&dx)[4]) {
-  for (int64_t i = 0; i < channels; ++i) {
-    const auto result = value_of(y[i]);
-    int place = 0;
-    if (result == result) {
-      for (int k = 3; k >= 0; --k) place = value_of(x[k][i]) == result ? k : place;
-    } else {
-      for (int k = 0; k < 4; ++k) place = value_of(x[k][i]) != value_of(x[k][i]) ? k : place;
+  using Bits = typename Lanes<T>::Bits;
+  constexpr auto kLanes = static_cast<int64_t>(sizeof(Bits) / sizeof(T));
+  const auto step = [&](int64_t i, size_t bytes) {
+    const auto load = [&](const T* from) {
+      Bits bits{};
+      std::memcpy(&bits, from + i, bytes);
+      return bits;
+    };
+    const auto result = Lanes<T>::values(load(y));
+    const Bits is_nan = Lanes<T>::is_nan(result);
+    Bits here[4], found{};
+    for (int k = 0; k < 4; ++k) {
+      const auto value = Lanes<T>::values(load(x[k]));
+      here[k] = (value == result) | (Lanes<T>::is_nan(value) & is_nan);
     }
-    for (int k = 0; k < 4; ++k) dx[k][i] = k == place ? dy[i] : T{};
-  }
+    const Bits gradient = load(dy);
+    Bits first[4], last[4];
+    for (int k = 0; k < 4; ++k, found |= here[k - 1]) first[k] = here[k] & ~found;
+    found = Bits{};
+    for (int k = 3; k >= 0; found |= here[k], --k) last[k] = here[k] & ~found;
+    for (int k = 0; k < 4; ++k) {
+      const Bits out = gradient & ((last[k] & is_nan) | (first[k] & ~is_nan));
+      std::memcpy(dx[k] + i, &out, bytes);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= channels; i += kLanes) step(i, sizeof(Bits));
+  if (i < channels) step(i, static_cast<size_t>(channels - i) * sizeof(T));
 }
 
 // What lies beyond the last whole window gets no gradient.
@@ -174,9 +213,9 @@ void max_pool2x2_backward(const Tensor& grad_output, const Tensor& output, const
     case DType::float64:
       return unpool<double>(dy, y, x, dx, executor);
     case DType::bfloat16:
-      return unpool<Bfloat16Bits>(dy, y, x, dx, executor);
+      return unpool<Half<0x7f80>>(dy, y, x, dx, executor);
     case DType::float16:
-      return unpool<Float16Bits>(dy, y, x, dx, executor);
+      return unpool<Half<0x7c00>>(dy, y, x, dx, executor);
   }
 }
 
