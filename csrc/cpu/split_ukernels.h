@@ -39,6 +39,7 @@ struct SplitGemmArgs {
   const float* in;                   // sums so far, or null; tiles lie as those of `out` do
   float* out;
   int64_t out_row_tile, out_column_tile;  // elements from one tile of [16][16] to the next
+  const char* next;                       // blocks that the next call reads in place of `b`, or null
 };
 
 // Row tiles and column tiles of one call. Four accumulators hide the latency of a tile product.

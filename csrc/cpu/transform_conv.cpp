@@ -165,6 +165,9 @@ void multiply_split(const Plan& plan, const TransformFilter& layout, const Block
     const char* v = input + f * e.v_frequency;
     for (int64_t p = block.panel_begin; p < block.panel_end; ++p) {
       args.b = filter + f * layout.frequency + p * layout.panel;
+      const bool last = p + 1 == block.panel_end;
+      args.next = args.b + (last ? layout.frequency - (p - block.panel_begin) * layout.panel : layout.panel);
+      if (last && f + 1 == transform.frequencies) args.next = nullptr;
       float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + (p - block.panel_begin) * 2 * e.p_line);
       for (int64_t t = 0; t < block.count; t += 2 * kTileRows) {
         const SplitShape& shape = block.count - t > kTileRows ? kernels.wide : kernels.flat;
@@ -172,6 +175,7 @@ void multiply_split(const Plan& plan, const TransformFilter& layout, const Block
         args.a[1] = args.a[0] + kTileRows * kTileDepth * 2;
         args.out = out + t * kTileColumns;
         shape.run[transform.terms - 1](args);
+        args.next = nullptr;
       }
     }
   }

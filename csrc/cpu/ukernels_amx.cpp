@@ -74,9 +74,16 @@ constexpr bool changes_b(int i) {
   }
 #define SEGPOSE_END_TILE(tile, row, column) \
   _tile_stored(tile, args.out + (row) * args.out_row_tile + (column) * args.out_column_tile, 64)
-#define SEGPOSE_FOR_STEPS                               \
-  for (int64_t block = 0; block < args.blocks; ++block) \
+#define SEGPOSE_FOR_STEPS                                                            \
+  for (int64_t block = 0; block < args.blocks; prefetch_block(args, block), ++block) \
     for (int64_t i = 0; i < args.count; ++i)
+
+// The block of the next panel that takes this one's place: products leave the loads of memory time to arrive.
+SEGPOSE_INLINE void prefetch_block(const SplitGemmArgs& args, int64_t block) {
+  if (args.next == nullptr) return;
+  const char* next = args.next + block * args.b_block;
+  for (int64_t line = 0; line < args.b_block; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
+}
 
 template <int Terms>
 void gemm_2x2(const SplitGemmArgs& args) {
