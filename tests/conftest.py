@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,17 @@ def poison() -> Iterator[None]:
     """Uninitialised memory reads as NaN during the test."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the test's own for what tuning finds."""
+    from segpose_kernels.triton import choices
+
+    monkeypatch.setenv("SEGPOSE_CACHE_DIR", str(tmp_path / "cache"))
+    choices.forget_loaded()
+    yield tmp_path / "cache"
+    choices.forget_loaded()
 
 
 @pytest.fixture

@@ -32,7 +32,9 @@ from segpose_kernels.testing.spec import ConvSpec, ConvTensors
 from segpose_kernels.triton import plan as plans
 from segpose_kernels.triton import tiles
 from segpose_kernels.triton.launch import launch_gather, launch_wgrad
-from segpose_kernels.triton.plan import Choice, Epilogue, Operands, plan_gather, plan_wgrad
+from segpose_kernels.triton.plan import Choice, Epilogue, Operands
+from segpose_kernels.triton.plan_gather import plan_gather
+from segpose_kernels.triton.plan_wgrad import plan_wgrad
 from segpose_kernels.triton.problem import ConvProblem
 from segpose_kernels.triton.tiles import Tile
 

@@ -45,7 +45,8 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 KERNELS = tuple(f"cuda/kernels_{dtype}.cu" for dtype in ("f16", "bf16", "f32", "f64"))
-HOST = ("cuda/conv.cpp", "cuda/passes.cpp", "cuda/plan.cpp", "common/phases.cpp")
+PLANS = tuple(f"cuda/plan{part}.cpp" for part in ("", "_gather", "_parts", "_text", "_wgrad"))
+HOST = ("cuda/conv.cpp", "cuda/passes.cpp", *PLANS, "common/phases.cpp")
 NAMESPACE = "segpose_simulated"
 TORCH_TARGET_VERSION = "0x020d000000000000"  # as in setup.py
 
