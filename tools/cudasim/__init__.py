@@ -113,11 +113,7 @@ def operators() -> tuple[torch.library.Library, dict[str, autograd.NativeOp]]:
     for name, schema in backends.SCHEMAS.items():
         definitions.define(f"{name}{schema}")
     torch.ops.load_library(built.path)
-    labels = {"conv2d": False, "conv_transpose2d": True}
-    return definitions, {
-        label: autograd.NativeOp(label, transposed=transposed, namespace=NAMESPACE)
-        for label, transposed in labels.items()
-    }
+    return definitions, autograd.make_ops(NAMESPACE)
 
 
 @dataclass
