@@ -64,7 +64,10 @@ def targets() -> Iterator[Any]:
     if torch.cuda.is_available():
         for backend in backends.BACKENDS:
             if backend.name in ("cuda", "triton") and backend.missing is None:
-                yield Target(f"gpu-{backend.name}", backend.name, "cuda")
+                name = f"gpu-{backend.name}"
+                yield pytest.param(
+                    Target(name, backend.name, "cuda"), id=name, marks=pytest.mark.cuda
+                )
         return
     no_nvcc = pytest.mark.skipif(not cudasim.have_nvcc(), reason="no nvcc to compile the kernels")
     yield pytest.param(

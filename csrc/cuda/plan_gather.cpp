@@ -14,6 +14,8 @@ constexpr double kDirectEfficiency = 0.5;
 // Up to so many columns, or so much gemm_k, a layer counts as one of few channels.
 constexpr int64_t kFewColumns = 32;
 constexpr int64_t kFewK = 64;
+// A depthwise kernel numbers its threads in 32 bits.
+constexpr int64_t kMostThreads = (int64_t{1} << 31) - DepthwiseTile::kThreads;
 constexpr int64_t kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
 // K blocks of a phase.
@@ -199,9 +201,13 @@ void plan_gather(Plan& plan) {
   const int64_t destination_channels = fprop ? problem.k_per_group() : problem.c_per_group();
   plan.phases = fprop ? std::vector<Phase>{fprop_phase(problem)} : dgrad_phases(problem);
   if (is_depthwise(problem) && request.source.rows && request.source.depth <= 1 && request.destination.rows) {
-    plan.algorithm = Algorithm::depthwise;
-    plan_depthwise(plan);
-    return;
+    Plan depthwise = plan;
+    depthwise.algorithm = Algorithm::depthwise;
+    plan_depthwise(depthwise);
+    if (depthwise.m_tiles * depthwise.n_tiles < kMostThreads) {
+      plan = depthwise;
+      return;
+    }
   }
   Plan gemm = plan;
   gemm.algorithm = uses_mma(request) ? Algorithm::mma : Algorithm::fma;
