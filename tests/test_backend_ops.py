@@ -2,7 +2,7 @@
 """One suite for the operators of every backend that has kernels.
 
 On a machine with a GPU its kernels run there. Without one they run in ptxsim on CPU tensors: the
-CUDA kernels as compiled for 8.0, the Triton kernels for 8.0 and 9.0.
+CUDA kernels as compiled for 8.0, the Triton kernels for 9.0.
 """
 
 from __future__ import annotations
@@ -79,10 +79,7 @@ def targets() -> Iterator[Any]:
         import tritonsim
     except ImportError:  # no Triton for this platform
         return
-    for cc in (80, 90):
-        yield Target(
-            f"triton-sm{cc}", "triton", "cpu", partial(tritonsim.simulated, cc), simulated=True
-        )
+    yield Target("triton-sm90", "triton", "cpu", partial(tritonsim.simulated, 90), simulated=True)
 
 
 @pytest.fixture(params=list(targets()), ids=str)

@@ -41,7 +41,7 @@ KERNELS = {
 }
 
 OWN = (
-    ConvSpec("splits", "conv2d", 1, 16, 24, 24, 20, (3, 3), padding=(1, 1)),
+    ConvSpec("splits", "conv2d", 1, 16, 24, 40, 32, (3, 3), padding=(1, 1)),
     ConvSpec("1x1", "conv2d", 2, 24, 40, 5, 7, (1, 1), activation="relu"),
     ConvSpec("1x1-leaky", "conv2d", 2, 24, 40, 5, 7, (1, 1), slope=0.3),
     ConvSpec("1x1-wide", "conv2d", 1, 72, 40, 5, 7, (1, 1)),
