@@ -108,7 +108,7 @@ def test_main_loops_reach_their_goals_or_say_why_not(backend: str) -> None:
         over = [name for name, most in goals.items() if figures.get(name, 0) > most]
         if figures.get("sector_efficiency", 1) < 0.95:
             over.append("sector_efficiency")
-        assert bool(over) == bool(row["note"]), (row["name"], row["arch"], figures)
+        assert not over or row["note"], (row["name"], row["arch"], figures)
     assert seen >= 30
 
 
