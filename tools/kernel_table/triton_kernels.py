@@ -39,6 +39,15 @@ _ADDRESSES = (
     "the compiler keeps an address and a predicate for every vector that a thread copies, and "
     "moves each of them on in every step"
 )
+_IEEE = (
+    "float32 without tensor cores: the threads of a warp read rows of shared memory that lie in "
+    "the same banks; such calls run on the CUDA kernels where those are built"
+)
+_SPILLS = (
+    "on 10.0 and 12.0 the compiler keeps a few registers in local memory: the tiles were sized for "
+    "8.0 and 9.0"
+)
+_SECTORS = "elements of a warp's vectors are apart in memory"
 
 
 def _draw(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -100,18 +109,20 @@ def steady(case: Case, cc: int) -> tuple[dict[str, float], str]:
     return found, problem
 
 
-def note(case: Case, sass: dict[str, int], simulated: dict[str, float]) -> str | None:
+def note(name: str, facts: dict[str, Any], simulated: dict[str, float]) -> str | None:
     """Why figures fall short of their goals."""
-    waves = max(simulated.get(f"wavefronts_{kind}", 1) for kind in ("ldmatrix", "ld_shared"))
-    if isinstance(case.plan, WgradPlan) and "tf32" in case.name and waves > 1:
-        return _TF32_WGRAD
+    if facts["spill_bytes"]:
+        return _SPILLS
+    if simulated.get("wavefronts_ld_shared", 1) > 1:
+        return _IEEE
     if simulated.get("instructions_per_mma", 0) > GOAL_PER_MMA:
-        if sass.get("HGMMA"):
+        if facts["sass"].get("HGMMA"):
             return _WGMMA
-        tile = getattr(case.plan, "tile", None)
-        return _SMALL if tile is not None and tile.m * tile.n < 128 * 64 else _ADDRESSES
-    assert simulated.get("sector_efficiency", 1) >= GOAL_SECTORS, (case.name, simulated)
-    return None
+        if name.startswith("wgrad_tf32"):
+            return _TF32_WGRAD
+        m, n, _ = name.split("_")[2].split("x")
+        return _SMALL if int(m) * int(n) < 128 * 64 else _ADDRESSES
+    return None if simulated.get("sector_efficiency", 1) >= GOAL_SECTORS else _SECTORS
 
 
 def static(case: Case, cc: int, simulator: tritonsim.Simulator) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def produce() -> Facts:
                     **facts,
                     simulated=simulated,
                     problem=problem,
-                    note=note(case, facts["sass"], simulated),
+                    note=note(case.name, facts, simulated),
                 )
             )
     return Facts(f"Triton {triton.__version__}", kernels)
