@@ -47,7 +47,6 @@ OWN = (
     ConvSpec("1x1-wide", "conv2d", 1, 72, 40, 5, 7, (1, 1)),
     ConvSpec("3x2", "conv2d", 1, 16, 24, 7, 9, (3, 2), dilation=(1, 2)),
     ConvSpec("3x2-depthwise", "conv2d", 1, 24, 24, 8, 7, (3, 2), groups=24),
-    ConvSpec("3x2-up", "conv_transpose2d", 1, 16, 24, 5, 4, (3, 2), stride=(2, 1)),
 )
 PROBLEMS = {spec.name: spec for spec in (*GPU_PROBLEMS, *OWN)}
 
