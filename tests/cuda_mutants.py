@@ -289,11 +289,11 @@ MUTANTS = (
         ("wgrad-64x128",),
     ),
     Mutant(
-        "wgrad-columns-not-checked",
+        "wgrad-dilation-of-the-other-axis",
         "cuda/wgrad_pixels.cuh",
-        "    if (column >= static_cast<uint32_t>(p.columns)) dh = kOutsideActivation;\n",
-        "",
-        ("wgrad-64x64", "wgrad-narrow"),
+        "dw = static_cast<int>(tap_w) * p.dilation_w;",
+        "dw = static_cast<int>(tap_w) * p.dilation_h;",
+        ("conv-asymmetric",),
     ),
     Mutant(
         "wgrad-filters-not-checked",
@@ -321,7 +321,7 @@ MUTANTS = (
         "cuda/wgrad_warp_tile.cuh",
         "c_[i][j][2 * half], c_[i][j][2 * half + 1]",
         "c_[i][j][0], c_[i][j][1]",
-        WGRAD,
+        ("wgrad-128x128",),
     ),
     # The gradient pass, direct and depthwise kernels.
     Mutant(
@@ -384,11 +384,10 @@ MUTANTS = (
     Mutant(
         "too-little-shared-memory",
         "cuda/launchers.cuh",
-        "using Kernel = GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow>;",
-        "struct Kernel : GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow> {\n"
-        "    static constexpr int kSharedBytes =\n"
-        "        GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow>::kSharedBytes - 256;\n"
-        "  };",
+        "launch(gather_mma<T, BLOCK_M, BLOCK_N, kNarrow>, p.grid.blocks, p.grid.splits, 1, "
+        "Kernel::kThreads,\n                Kernel::kSharedBytes,",
+        "launch(gather_mma<T, BLOCK_M, BLOCK_N, kNarrow>, p.grid.blocks, p.grid.splits, 1, "
+        "Kernel::kThreads,\n                Kernel::kSharedBytes - 256,",
         GATHER,
     ),
     Mutant(
@@ -403,7 +402,7 @@ MUTANTS = (
         "cuda/passes.cpp",
         "store_channels % (kChunkBytes / plan.element()) == 0;",
         "store_channels > 0;",
-        ("conv-c149-c10", "conv-k7s1"),
+        ("conv-groups2-ragged",),
     ),
 )
 

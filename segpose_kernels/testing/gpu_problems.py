@@ -133,6 +133,8 @@ GPU_PROBLEMS: tuple[ConvSpec, ...] = (
         padding=(1, 1),
         groups=2,
     ),
+    # All channels are whole vectors, those of a group are not.
+    ConvSpec("conv-groups2-ragged", _CONV, 1, 48, 88, 5, 6, (3, 3), padding=(1, 1), groups=2),
     ConvSpec("conv-groups3-narrow", _CONV, 1, 6, 15, 7, 6, (3, 3), padding=(1, 1), groups=3),
     ConvSpec("conv-depthwise", _CONV, 1, 24, 24, 8, 7, (3, 3), padding=(1, 1), groups=24),
     ConvSpec(
