@@ -102,16 +102,23 @@ KERNEL_SOURCES = [
     "csrc/cpu/transform_wgrad.cpp",
     "csrc/cpu/wgrad.cpp",
 ]
-BINDING_SOURCES = [
-    "csrc/plan_bindings.cpp",
+CUDA_PLAN_SOURCES = [
     "csrc/cuda/plan.cpp",
+    "csrc/cuda/plan_gather.cpp",
+    "csrc/cuda/plan_parts.cpp",
+    "csrc/cuda/plan_text.cpp",
+    "csrc/cuda/plan_wgrad.cpp",
+]
+BINDING_SOURCES = [
+    *CUDA_PLAN_SOURCES,
+    "csrc/plan_bindings.cpp",
     "csrc/cuda/plan_bindings.cpp",
 ]
 CUDA_SOURCES = [
+    *CUDA_PLAN_SOURCES,
     "csrc/common/phases.cpp",
     "csrc/cuda/conv.cpp",
     "csrc/cuda/passes.cpp",
-    "csrc/cuda/plan.cpp",
     "csrc/cuda/kernels_f16.cu",
     "csrc/cuda/kernels_bf16.cu",
     "csrc/cuda/kernels_f32.cu",

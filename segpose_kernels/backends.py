@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,10 +188,12 @@ class Backend:
     devices: frozenset[str] | None  # torch device types; None: all
     dtypes: frozenset[torch.dtype] | None  # None: all that torch's own operators take
     missing: str | None  # why it cannot run anything here
-    probe: Callable[[], str | None] | None = None  # why it cannot run on this device, if not
 
     def supports(self, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot run a call on tensors of this device and dtype; None when it can."""
+        """Why it cannot run a call on tensors of this device and dtype; None when it can.
+
+        What a GPU is too old for is up to auto.py, which knows the device.
+        """
         if self.missing is not None:
             return self.missing
         if self.devices is not None and device_type not in self.devices:
@@ -200,21 +201,13 @@ class Backend:
         if self.dtypes is not None and dtype not in self.dtypes:
             names = sorted(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it computes {', '.join(names)}, got {str(dtype).removeprefix('torch.')}"
-        return None if self.probe is None else self.probe()
+        return None
 
 
 def _missing_cpu() -> str | None:
     if not LIBRARY.loaded:
         return LIBRARY.missing
     return None if LIBRARY.has_kernels_for("CPU") else "the library was built without CPU kernels"
-
-
-def _old_gpu() -> str | None:
-    """Asked when there is a CUDA tensor, so a device is there and has been touched before."""
-    capability = torch.cuda.get_device_capability()
-    if capability >= (8, 0):
-        return None
-    return "it needs compute capability 8.0 or newer, got {}.{}".format(*capability)
 
 
 def _triton_missing() -> str | None:
@@ -227,7 +220,7 @@ def _triton_missing() -> str | None:
 # Fastest first; the first that supports a call runs it, on CUDA by the rule in auto.py. Meta
 # tensors have the CPU's fakes.
 BACKENDS = (
-    Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, CUDA_LIBRARY.missing, _old_gpu),
+    Backend("cuda", frozenset({"cuda"}), NATIVE_DTYPES, CUDA_LIBRARY.missing),
     Backend("triton", frozenset({"cuda"}), NATIVE_DTYPES, _triton_missing()),
     Backend("cpu", frozenset({"cpu", "meta"}), NATIVE_DTYPES, _missing_cpu()),
     Backend("aten", None, None, None),

@@ -33,6 +33,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "csrc/cuda/params.h",
         "csrc/cuda/tiles.h",
     ),
+    "triton": tuple(
+        f"segpose_kernels/triton/{name}.py"
+        for name in ("direct", "geometry", "kernels", "pointwise", "tiles")
+    ),
 }
 
 # Title and how a row of the table gives the figure.
@@ -61,8 +65,17 @@ static (compiler): regs, spill, stack, shared (bytes; shared with what the launc
 simulated (counted while executing the PTX on a small problem): waves = shared-memory wavefronts
   over their minimum, of ldmatrix, ld and cp.async; sectors = bytes asked for over bytes of the
   32-byte sectors touched; instr/mma = other instructions for each tensor instruction in the steady
-  loop; DRAM/min = distinct bytes touched over each operand and result once
+  loop (Triton: without moves between registers); DRAM/min = distinct bytes touched
+  over each operand and result once
 none of these is a measured speed"""
+
+
+def _code(suffix: str, text: str) -> str:
+    """A source without comments and without the layout that means nothing in its language."""
+    if suffix == ".py":
+        lines = re.sub(r"#[^\n]*", "", text).splitlines()
+        return "\n".join(line.rstrip() for line in lines if line.strip())
+    return " ".join(re.sub(r"//[^\n]*", "", text).split())
 
 
 def source_hash(backend: str) -> str | None:
@@ -73,8 +86,7 @@ def source_hash(backend: str) -> str | None:
     digest = hashlib.sha256()
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        code = re.sub(r"//[^\n]*", "", text)
-        digest.update(path.name.encode() + b"\0" + " ".join(code.split()).encode() + b"\0")
+        digest.update(path.name.encode() + b"\0" + _code(path.suffix, text).encode() + b"\0")
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,17 +37,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Marks, not keywords: an id such as "cuda" is a keyword, too.
+    def marked(item: pytest.Item, mark: str) -> bool:
+        return item.get_closest_marker(mark) is not None
+
     slow = config.getoption("--slow") or os.environ.get("SEGPOSE_SLOW", "0") not in ("", "0")
     no_cuda = None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device")
     chosen = config.getoption("-m") or ""
-    left_out = [] if "mutation" in chosen else [i for i in items if "mutation" in i.keywords]
+    left_out = [] if "mutation" in chosen else [i for i in items if marked(i, "mutation")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if "mutation" not in item.keywords]
+        items[:] = [item for item in items if not marked(item, "mutation")]
     for item in items:
-        if no_cuda is not None and "cuda" in item.keywords:
+        if no_cuda is not None and marked(item, "cuda"):
             item.add_marker(no_cuda)
-        if not slow and "slow" in item.keywords:
+        if not slow and marked(item, "slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow or SEGPOSE_SLOW=1"))
 
 
@@ -68,6 +73,17 @@ def poison() -> Iterator[None]:
     """Uninitialised memory reads as NaN during the test."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the test's own for what tuning finds."""
+    from segpose_kernels.triton import choices
+
+    monkeypatch.setenv("SEGPOSE_CACHE_DIR", str(tmp_path / "cache"))
+    choices.forget_loaded()
+    yield tmp_path / "cache"
+    choices.forget_loaded()
 
 
 @pytest.fixture

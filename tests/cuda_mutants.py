@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Mutant:
-    """In csrc/<file>, `old` becomes `new`. `problems` are names of scenarios and GPU problems."""
+    """In csrc/<file>, `old` becomes `new`. `problems` are names of scenarios and GPU problems; with
+    "+inf" behind it, one pixel of the input is infinite.
+    """
 
     name: str
     file: str
@@ -83,7 +85,7 @@ MUTANTS = (
         "cuda/gather_source.cuh",
         "const int height = tap_h_ < taps_h_ ? p.source.h : 0;",
         "const int height = p.source.h;",
-        ("tile-64x64", "conv-k2s3", "transposed-k5s2"),
+        ("tile-64x64+inf",),
     ),
     Mutant(
         "one-column-past-the-edge",
@@ -118,7 +120,7 @@ MUTANTS = (
         "cuda/gather_source.cuh",
         "    const int dw = tap_w_ * p.tap_step_w;",
         "    const int dw = tap_w_ * p.tap_step_h + (p.tap_step_w - p.tap_step_h) * tap_h_;",
-        ("conv-d2s2", "transposed-d2s3", "conv-asymmetric-dilation"),
+        ("conv-asymmetric",),
     ),
     Mutant(
         "channels-of-the-wrong-group",
@@ -132,7 +134,7 @@ MUTANTS = (
         "cuda/gather_source.cuh",
         "const bool valid = tap_h < taps_h_ && rows_",
         "const bool valid = rows_",
-        NARROW,
+        ("narrow-128x32-c3+inf",),
     ),
     Mutant(
         "narrow-channel-carry",
@@ -287,11 +289,11 @@ MUTANTS = (
         ("wgrad-64x128",),
     ),
     Mutant(
-        "wgrad-columns-not-checked",
+        "wgrad-dilation-of-the-other-axis",
         "cuda/wgrad_pixels.cuh",
-        "    if (column >= static_cast<uint32_t>(p.columns)) dh = kOutsideActivation;\n",
-        "",
-        ("wgrad-64x64", "wgrad-narrow"),
+        "dw = static_cast<int>(tap_w) * p.dilation_w;",
+        "dw = static_cast<int>(tap_w) * p.dilation_h;",
+        ("conv-asymmetric",),
     ),
     Mutant(
         "wgrad-filters-not-checked",
@@ -319,7 +321,7 @@ MUTANTS = (
         "cuda/wgrad_warp_tile.cuh",
         "c_[i][j][2 * half], c_[i][j][2 * half + 1]",
         "c_[i][j][0], c_[i][j][1]",
-        WGRAD,
+        ("wgrad-128x128",),
     ),
     # The gradient pass, direct and depthwise kernels.
     Mutant(
@@ -382,11 +384,10 @@ MUTANTS = (
     Mutant(
         "too-little-shared-memory",
         "cuda/launchers.cuh",
-        "using Kernel = GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow>;",
-        "struct Kernel : GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow> {\n"
-        "    static constexpr int kSharedBytes =\n"
-        "        GatherMma<T, gather_tile(BLOCK_M, BLOCK_N), kNarrow>::kSharedBytes - 256;\n"
-        "  };",
+        "launch(gather_mma<T, BLOCK_M, BLOCK_N, kNarrow>, p.grid.blocks, p.grid.splits, 1, "
+        "Kernel::kThreads,\n                Kernel::kSharedBytes,",
+        "launch(gather_mma<T, BLOCK_M, BLOCK_N, kNarrow>, p.grid.blocks, p.grid.splits, 1, "
+        "Kernel::kThreads,\n                Kernel::kSharedBytes - 256,",
         GATHER,
     ),
     Mutant(
@@ -401,7 +402,7 @@ MUTANTS = (
         "cuda/passes.cpp",
         "store_channels % (kChunkBytes / plan.element()) == 0;",
         "store_channels > 0;",
-        ("conv-c149-c10", "conv-k7s1"),
+        ("conv-groups2-ragged",),
     ),
 )
 
@@ -418,10 +419,10 @@ def write(mutant: Mutant, folder: Path) -> Path:
     return sources
 
 
-def main(name: str) -> int:
+def main(mutant_name: str) -> int:
     import cudasim
     import torch
-    from cuda_scenarios import SCENARIOS
+    from cuda_scenarios import SCENARIOS, check_infinite_pixel
     from ptxsim import KernelFault, PtxSimError
 
     from segpose_kernels.testing.fused import run_fused
@@ -429,7 +430,7 @@ def main(name: str) -> int:
     from segpose_kernels.testing.numerics import assert_results_match
     from segpose_kernels.testing.poison import poisoned_memory
 
-    mutant = next(m for m in MUTANTS if m.name == name)
+    mutant = next(m for m in MUTANTS if m.name == mutant_name)
     scenarios = {str(s): s for s in SCENARIOS}
     problems = {s.name: s for s in (*GPU_PROBLEMS, *GPU_LAYERS)}
     with tempfile.TemporaryDirectory() as folder:
@@ -438,8 +439,9 @@ def main(name: str) -> int:
         others = [ROOT / "csrc" / kernel for kernel in cudasim.KERNELS[1:]]
         cudasim.configure(sources, [sources / cudasim.KERNELS[0], *others])
         for problem in mutant.problems:
-            scenario = scenarios.get(problem)
-            spec = scenario.spec if scenario else problems[problem]
+            name, infinite, _ = problem.partition("+")
+            scenario = scenarios.get(name)
+            spec = scenario.spec if scenario else problems[name]
             layout = scenario.layout if scenario else "channels_last"
             tensors = spec.make_tensors(
                 torch.float16,
@@ -453,8 +455,11 @@ def main(name: str) -> int:
                     poisoned_memory(),
                     cudasim.simulated(scenario.multiprocessors if scenario else 4),
                 ):
-                    results = run_fused(spec, tensors, backend="cuda")
-                assert_results_match(spec, tensors, results)
+                    if infinite:
+                        check_infinite_pixel(spec, tensors)
+                    else:
+                        results = run_fused(spec, tensors, backend="cuda")
+                        assert_results_match(spec, tensors, results)
             except (KernelFault, AssertionError, RuntimeError, ValueError, PtxSimError) as error:
                 print(f"{problem}: {type(error).__name__}: {str(error)[:600]}")
                 return 1

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from segpose_kernels.testing.spec import ConvSpec, Op
+from segpose_kernels.testing.fused import call_fused
+from segpose_kernels.testing.spec import ConvSpec, ConvTensors, Op
 
 CONV: Op = "conv2d"
 TRANSPOSED: Op = "conv_transpose2d"
@@ -120,3 +121,14 @@ SCENARIOS: tuple[Scenario, ...] = (
         backward=True,
     ),
 )
+
+
+def check_infinite_pixel(spec: ConvSpec, tensors: ConvTensors) -> None:
+    """An infinity in the last row of the input shows where a window holds it, nowhere else: what
+    pads a reduction must be zeros on both sides.
+    """
+    tensors.input[0, 0, -1, 0] = float("inf")
+    output = call_fused(spec, tensors.input, tensors.weight, tensors.bias, backend="cuda")
+    wide = (None if t is None else t.double() for t in (tensors.weight, tensors.bias))
+    expected = call_fused(spec, tensors.input.double(), *wide, backend="aten")
+    torch.testing.assert_close(output.isfinite(), expected.isfinite())

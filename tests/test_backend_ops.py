@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One suite for the operators of every backend that has kernels.
 
-On a machine with a GPU its kernels run there. Without one the Triton kernels run in ptxsim, as
-compiled for 8.0 and 9.0, on CPU tensors.
+On a machine with a GPU its kernels run there. Without one they run in ptxsim on CPU tensors: the
+CUDA kernels as compiled for 8.0, the Triton kernels for 9.0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import cudasim
 import pytest
 import torch
 from torch import Tensor
@@ -51,24 +52,34 @@ class Target:
         return self.name
 
     def op(self, label: str) -> NativeOp:
-        return auto.triton_op(label) if self.backend == "triton" else native_ops[label]
+        if self.backend == "triton":
+            return auto.triton_op(label)
+        if self.backend == "cuda" and self.simulated:
+            return cudasim.operators()[1][label]
+        return native_ops[label]
 
 
-def targets() -> Iterator[Target]:
+def targets() -> Iterator[Any]:
     yield Target("cpu", "cpu", "cpu")
     if torch.cuda.is_available():
         for backend in backends.BACKENDS:
             if backend.name in ("cuda", "triton") and backend.missing is None:
-                yield Target(f"gpu-{backend.name}", backend.name, "cuda")
+                name = f"gpu-{backend.name}"
+                yield pytest.param(
+                    Target(name, backend.name, "cuda"), id=name, marks=pytest.mark.cuda
+                )
         return
+    no_nvcc = pytest.mark.skipif(not cudasim.have_nvcc(), reason="no nvcc to compile the kernels")
+    yield pytest.param(
+        Target("cuda-sm80", "cuda", "cpu", cudasim.simulated, simulated=True),
+        id="cuda-sm80",
+        marks=no_nvcc,
+    )
     try:
         import tritonsim
     except ImportError:  # no Triton for this platform
         return
-    for cc in (80, 90):
-        yield Target(
-            f"triton-sm{cc}", "triton", "cpu", partial(tritonsim.simulated, cc), simulated=True
-        )
+    yield Target("triton-sm90", "triton", "cpu", partial(tritonsim.simulated, 90), simulated=True)
 
 
 @pytest.fixture(params=list(targets()), ids=str)

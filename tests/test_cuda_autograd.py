@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything above the CUDA operators, on the compiled kernels in the simulator."""
+"""Everything above the CUDA operators, on the compiled kernels in the simulator.
+
+What every backend must do is in test_backend_ops.py.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +18,7 @@ from torch import Tensor, nn
 from segpose_kernels import Conv2dAct, ConvTranspose2dAct, conv2d_act, conv_transpose2d_act
 from segpose_kernels.models import SegNet
 from segpose_kernels.swap import optimize
-from segpose_kernels.testing.fused import OPERANDS, call_fused, run_fused
-from segpose_kernels.testing.numerics import Reference, assert_close_to_reference
+from segpose_kernels.testing.fused import call_fused
 from segpose_kernels.testing.spec import ConvSpec
 
 cudasim = pytest.importorskip("cudasim")
@@ -57,53 +58,6 @@ def test_first_and_second_derivatives(spec: ConvSpec, generator: torch.Generator
         assert torch.autograd.gradcheck(on_cuda(spec), inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(on_cuda(spec), inputs, fast_mode=True)
         assert any("_f64" in name for name in simulator.launched)
-
-
-@pytest.mark.parametrize(
-    "wanted",
-    [c for n in (1, 2) for c in itertools.combinations(OPERANDS, n)],
-    ids="-".join,
-)
-def test_only_what_is_needed(
-    spec: ConvSpec, wanted: tuple[str, ...], generator: torch.Generator
-) -> None:
-    tensors = spec.make_tensors(torch.float64, generator=generator)
-    reference = Reference(spec, tensors)
-    with cudasim.simulated():
-        results = run_fused(spec, tensors, backend="cuda", requires_grad=wanted)
-    assert set(results) == {"output", *(f"grad_{name}" for name in wanted)}
-    for name, tensor in results.items():
-        assert_close_to_reference(name, tensor, reference.results[name])
-
-
-def test_gradient_of_a_sum(spec: ConvSpec, generator: torch.Generator) -> None:
-    """`y.sum().backward()` sends one number with stride 0 in every dimension."""
-    x, w, b = operands(spec, generator)
-    with cudasim.simulated():
-        on_cuda(spec)(x, w, b).sum().backward()
-    got = [t.grad for t in (x, w, b)]
-    expected = torch.autograd.grad(call_fused(spec, x, w, b, backend="aten").sum(), (x, w, b))
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_forward_mode_and_vmap(spec: ConvSpec, generator: torch.Generator) -> None:
-    x, w, b = (t.detach() for t in operands(spec, generator))
-    tangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    aten = replace_backend(spec, "aten")
-    with cudasim.simulated():
-        got = torch.func.jvp(lambda x: on_cuda(spec)(x, w, b), (x,), (tangent,))
-        batch = torch.stack([x, tangent])
-        mapped = torch.func.vmap(lambda x: on_cuda(spec)(x, w, b))(batch)
-    expected = torch.func.jvp(lambda x: aten(x, w, b), (x,), (tangent,))
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(mapped[1], aten(tangent, w, b))
-
-
-def replace_backend(spec: ConvSpec, backend: str) -> Callable[..., Tensor]:
-    return lambda x, w, b: call_fused(spec, x, w, b, backend=backend)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA backend on a real GPU: values, streams, graphs, devices, memory. Skipped without one."""
+"""The GPU backends on a real GPU: values, streams, graphs, devices, memory. Skipped without one."""
 
 from __future__ import annotations
 
@@ -57,8 +57,19 @@ def on(device: str, tensors: ConvTensors) -> ConvTensors:
     )
 
 
-def check(spec: ConvSpec, tensors: ConvTensors, device: str = "cuda", **options: Any) -> None:
-    results = run_fused(spec, on(device, tensors), backend="cuda")
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend with kernels for a GPU; skipped with the reason where one is missing."""
+    (found,) = (b for b in backends.BACKENDS if b.name == request.param)
+    if found.missing is not None:
+        pytest.skip(f"{found.name}: {found.missing}")
+    return found.name
+
+
+def check(
+    spec: ConvSpec, tensors: ConvTensors, backend: str, device: str = "cuda", **options: Any
+) -> None:
+    results = run_fused(spec, on(device, tensors), backend=backend)
     tf32 = tensors.input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     moved = {name: tensor.cpu() for name, tensor in results.items()}
     assert_results_match(spec, tensors, moved, rule=TF32 if tf32 else None, **options)
@@ -78,25 +89,29 @@ def tf32(request: pytest.FixtureRequest) -> Any:
     "spec", dict.fromkeys((*KERNEL_PROBLEMS, *GPU_PROBLEMS, *GPU_LAYERS)), ids=str
 )
 def test_output_and_gradients_match_float64(
-    spec: ConvSpec, dtype: torch.dtype, layout: str, generator: torch.Generator
+    spec: ConvSpec, backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator
 ) -> None:
     layouts: dict[str, Any] = {
         f"{operand}_layout": layout for operand in ("input", "weight", "grad")
     }
-    check(spec, spec.make_tensors(dtype, generator=generator, **layouts))
+    check(spec, spec.make_tensors(dtype, generator=generator, **layouts), backend)
 
 
 @pytest.mark.parametrize("spec", COMPACT, ids=str)
-def test_float32_by_torchs_switch(spec: ConvSpec, tf32: bool, generator: torch.Generator) -> None:
-    check(spec, spec.make_tensors(generator=generator))
+def test_float32_by_torchs_switch(
+    spec: ConvSpec, tf32: bool, backend: str, generator: torch.Generator
+) -> None:
+    check(spec, spec.make_tensors(generator=generator), backend)
 
 
 @pytest.mark.parametrize("operand", ["input", "weight", "grad"])
 @pytest.mark.parametrize("layout", LAYOUTS[2:])
 @pytest.mark.parametrize("spec", COMPACT[::2], ids=str)
-def test_any_strides(spec: ConvSpec, layout: str, operand: str, generator: torch.Generator) -> None:
+def test_any_strides(
+    spec: ConvSpec, layout: str, operand: str, backend: str, generator: torch.Generator
+) -> None:
     layouts: dict[str, Any] = {f"{operand}_layout": layout}
-    check(spec, spec.make_tensors(torch.float16, generator=generator, **layouts))
+    check(spec, spec.make_tensors(torch.float16, generator=generator, **layouts), backend)
 
 
 @pytest.mark.slow
@@ -104,8 +119,12 @@ def test_any_strides(spec: ConvSpec, layout: str, operand: str, generator: torch
 @pytest.mark.parametrize(
     "spec", dict.fromkeys((*AUTOENCODER, *SEGNET, *CPM2DPOSE, *TRANSPOSED)), ids=str
 )
-def test_full_extent(spec: ConvSpec, dtype: torch.dtype, generator: torch.Generator) -> None:
-    check(spec, spec.make_tensors(dtype, generator=generator, input_layout="channels_last"))
+def test_full_extent(
+    spec: ConvSpec, dtype: torch.dtype, backend: str, generator: torch.Generator
+) -> None:
+    check(
+        spec, spec.make_tensors(dtype, generator=generator, input_layout="channels_last"), backend
+    )
 
 
 def test_auto_takes_it(generator: torch.Generator) -> None:
@@ -118,69 +137,69 @@ def test_auto_takes_it(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("spec", COMPACT, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_runs_repeat_bit_by_bit(
-    spec: ConvSpec, dtype: torch.dtype, generator: torch.Generator
+    spec: ConvSpec, backend: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     tensors = on("cuda", replace(spec, n=4).make_tensors(dtype, generator=generator))
-    first = run_fused(spec, tensors, backend="cuda")
+    first = run_fused(spec, tensors, backend=backend)
     for _ in range(5):
-        again = run_fused(spec, tensors, backend="cuda")
+        again = run_fused(spec, tensors, backend=backend)
         for name, tensor in first.items():
             assert torch.equal(tensor, again[name]), name
 
 
-def test_graph_capture(generator: torch.Generator) -> None:
+def test_graph_capture(backend: str, generator: torch.Generator) -> None:
     """Nothing waits, and memory comes from torch's allocator: a step can be captured."""
     spec = by_name("transposed-k4s2")
     tensors = on("cuda", spec.make_tensors(torch.float16, generator=generator))
-    run_fused(spec, tensors, backend="cuda")
+    run_fused(spec, tensors, backend=backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run_fused(spec, tensors, backend="cuda")
+        captured = run_fused(spec, tensors, backend=backend)
     tensors.input.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    for name, tensor in run_fused(spec, tensors, backend="cuda").items():
+    for name, tensor in run_fused(spec, tensors, backend=backend).items():
         assert torch.equal(tensor, captured[name]), name
 
 
-def test_current_stream(generator: torch.Generator) -> None:
+def test_current_stream(backend: str, generator: torch.Generator) -> None:
     """Work is ordered by the stream it was enqueued on."""
     spec = by_name("conv-k3s2")
     tensors = on("cuda", spec.make_tensors(torch.float32, generator=generator))
-    expected = call_fused(spec, tensors.input, tensors.weight, tensors.bias, backend="cuda")
+    expected = call_fused(spec, tensors.input, tensors.weight, tensors.bias, backend=backend)
     torch.cuda.synchronize()
     x = torch.empty_like(tensors.input)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         x.copy_(tensors.input)  # arrives long after a launch on another stream would have run
-        y = call_fused(spec, x, tensors.weight, tensors.bias, backend="cuda")
+        y = call_fused(spec, x, tensors.weight, tensors.bias, backend=backend)
     stream.synchronize()
     assert torch.equal(y, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_of_another_device(generator: torch.Generator) -> None:
+def test_tensors_of_another_device(backend: str, generator: torch.Generator) -> None:
     spec = by_name("conv-k3s2")
     with torch.cuda.device(0):
-        check(spec, spec.make_tensors(torch.float16, generator=generator), device="cuda:1")
+        check(spec, spec.make_tensors(torch.float16, generator=generator), backend, device="cuda:1")
         assert torch.cuda.current_device() == 0
 
 
-def test_operands_on_two_devices_are_refused() -> None:
+def test_operands_on_two_devices_are_refused(backend: str) -> None:
     x = torch.zeros(1, 8, 4, 4, device="cuda")
     with pytest.raises(RuntimeError, match="cuda:0"):
-        conv2d_act(x, torch.zeros(8, 8, 1, 1), backend="cuda")
+        conv2d_act(x, torch.zeros(8, 8, 1, 1), backend=backend)
 
 
-def test_memory_is_given_back(generator: torch.Generator) -> None:
+def test_memory_is_given_back(backend: str, generator: torch.Generator) -> None:
     spec = by_name("conv-groups2")
     tensors = on("cuda", spec.make_tensors(torch.bfloat16, generator=generator))
-    run_fused(spec, tensors, backend="cuda")
+    run_fused(spec, tensors, backend=backend)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(200):
-        run_fused(spec, tensors, backend="cuda")
+        run_fused(spec, tensors, backend=backend)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before

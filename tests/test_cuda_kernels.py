@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_scenarios import DTYPES, SCENARIOS, Scenario
+from cuda_scenarios import DTYPES, SCENARIOS, Scenario, check_infinite_pixel
 
 from segpose_kernels.testing.fused import run_fused
 from segpose_kernels.testing.gpu_problems import GPU_LAYERS, GPU_PROBLEMS
@@ -233,6 +233,13 @@ def test_activation_edges(activation: Any, value: float, generator: torch.Genera
                 torch.testing.assert_close(
                     got[name], expected[name], rtol=2e-3, atol=2e-3, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("name", ["tile-64x64", "narrow-128x32-c3"])
+def test_an_infinite_pixel_stays_in_its_windows(name: str, generator: torch.Generator) -> None:
+    (scenario,) = (s for s in SCENARIOS if s.spec.name == name)
+    with cudasim.simulated(scenario.multiprocessors):
+        check_infinite_pixel(scenario.spec, draw(scenario.spec, "f16", generator))
 
 
 def test_names_are_those_of_this_library() -> None:

@@ -127,6 +127,15 @@ def test_depthwise_is_not_a_gemm(op: str) -> None:
         assert plan(by_name(name), op).algorithm == "depthwise"
 
 
+def test_depthwise_threads_are_numbered_in_32_bits() -> None:
+    """8.6 G elements of odd channels: as many blocks of another kernel instead."""
+    for n, expected in ((1 << 10, "depthwise"), (1 << 12, "direct")):
+        huge = _plan.ConvProblem.for_conv2d((n, 37, 300, 300), (37, 1, 3, 3), groups=37)
+        found = _plan.cuda_plan(huge)
+        assert found.algorithm == expected
+        assert found.blocks * found.splits < 1 << 31
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_precision_decides_the_algorithm(dtype: str) -> None:
     """float32 uses tensor cores only as tf32; float64 never does."""

@@ -19,16 +19,10 @@ from segpose_kernels.testing.plans import problem_of
 from segpose_kernels.testing.problems import GEOMETRIES
 from segpose_kernels.testing.spec import ConvSpec
 from segpose_kernels.triton.device import Device, float32_precision
-from segpose_kernels.triton.plan import (
-    Choice,
-    Epilogue,
-    Operands,
-    mask_first,
-    padded_channels,
-    plan_gather,
-    plan_mask,
-    plan_wgrad,
-)
+from segpose_kernels.triton.plan import Choice, Epilogue, Operands, padded_channels
+from segpose_kernels.triton.plan_gather import plan_gather
+from segpose_kernels.triton.plan_pointwise import mask_first, plan_mask
+from segpose_kernels.triton.plan_wgrad import plan_wgrad
 from segpose_kernels.triton.problem import ConvProblem
 from segpose_kernels.triton.tiles import Demands, Tile, gather_candidates, wgrad_candidates
 

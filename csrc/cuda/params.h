@@ -72,7 +72,7 @@ struct WgradParams {
   Grid grid;
   View output;
   View activation;
-  void* partial;  // [split][block][BLOCK_M][BLOCK_N]; finish.cu adds the pieces in order
+  void* partial;  // [split][block][BLOCK_M][BLOCK_N]; finish.cuh adds the pieces in order
   int64_t pixels;
   int64_t pixels_per_split;
   int groups;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // wgrad as an implicit GEMM on tensor cores: gemm_m = filters, gemm_n = (tap, activation channel), gemm_k = output
-// pixels, cut into pieces whose sums finish.cu adds in order. float means tf32.
+// pixels, cut into pieces whose sums finish.cuh adds in order. float means tf32.
 #pragma once
 
 #include <type_traits>

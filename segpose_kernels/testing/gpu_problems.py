@@ -91,6 +91,33 @@ GPU_PROBLEMS: tuple[ConvSpec, ...] = (
         output_padding=(2, 1),
         dilation=(2, 2),
     ),
+    # Nothing alike on the two axes.
+    ConvSpec(
+        "conv-asymmetric",
+        _CONV,
+        1,
+        24,
+        40,
+        9,
+        8,
+        (3, 2),
+        stride=(2, 1),
+        padding=(1, 2),
+        dilation=(1, 3),
+    ),
+    ConvSpec(
+        "transposed-asymmetric",
+        _TRANSPOSED,
+        1,
+        16,
+        40,
+        4,
+        5,
+        (2, 5),
+        stride=(1, 2),
+        padding=(0, 1),
+        dilation=(3, 1),
+    ),
     # Groups: wide enough for tiles, narrow, and depthwise with one and two outputs for each input.
     ConvSpec("conv-groups2", _CONV, 1, 48, 64, 7, 9, (3, 3), padding=(1, 1), groups=2),
     ConvSpec(
@@ -106,6 +133,8 @@ GPU_PROBLEMS: tuple[ConvSpec, ...] = (
         padding=(1, 1),
         groups=2,
     ),
+    # All channels are whole vectors, those of a group are not.
+    ConvSpec("conv-groups2-ragged", _CONV, 1, 48, 88, 5, 6, (3, 3), padding=(1, 1), groups=2),
     ConvSpec("conv-groups3-narrow", _CONV, 1, 6, 15, 7, 6, (3, 3), padding=(1, 1), groups=3),
     ConvSpec("conv-depthwise", _CONV, 1, 24, 24, 8, 7, (3, 3), padding=(1, 1), groups=24),
     ConvSpec(

@@ -30,7 +30,10 @@ from .tiles import Tile
 
 __all__ = ["gather_key", "generation", "recall", "remember", "store_of", "wgrad_key"]
 
-_SOURCES = ("geometry", "kernels", "direct", "pointwise", "plan", "tiles")
+_SOURCES = (
+    *("geometry", "kernels", "direct", "pointwise", "tiles"),
+    *("plan", "plan_gather", "plan_wgrad", "plan_pointwise"),
+)
 
 
 def cache_folder() -> Path:

@@ -147,7 +147,8 @@ def igemm_kernel(
             dw = t_w * offset_w
             a_mask = is_inside(h[:, None] + dh[None, :], src_h)
             a_mask &= is_inside(w[:, None] + dw[None, :], src_w) & in_k[None, :]
-            a_offset = src_base[:, None] + ((dh * src_w + dw) * src_c + c)[None, :]
+            shift = (tl.cast(dh, index) * src_w + dw) * src_c + c
+            a_offset = src_base[:, None] + shift[None, :]
             a = tl.load(src_ptr + a_offset, mask=a_mask, other=0.0)
             if MASK_SLOPE != 1:
                 saved = tl.load(saved_ptr + a_offset, mask=a_mask, other=0.0)
@@ -156,7 +157,10 @@ def igemm_kernel(
             if W_REDUCED_LAST:
                 b_offset = w_base[None, :] + (position * tap_size + c)[:, None]
             else:
-                b_offset = w_base[None, :] + (c * (kernel * cols) + position * tap_size)[:, None]
+                b_offset = (
+                    w_base[None, :]
+                    + (tl.cast(c, index) * (kernel * cols) + position * tap_size)[:, None]
+                )
             b = tl.load(w_ptr + b_offset, mask=in_k[:, None] & in_n[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:

@@ -16,7 +16,9 @@ from torch.library import wrap_triton
 
 from .direct import direct_kernel, direct_wgrad_kernel
 from .kernels import igemm_kernel, wgrad_kernel
-from .plan import GatherPlan, MaskPlan, PointwisePlan, WgradPlan
+from .plan_gather import GatherPlan
+from .plan_pointwise import MaskPlan, PointwisePlan
+from .plan_wgrad import WgradPlan
 from .pointwise import bias_activation_kernel, mask_kernel, reduce_kernel
 from .problem import ConvProblem
 from .tiles import ceil_div

@@ -31,19 +31,10 @@ from .launch import (
     with_channels,
 )
 from .library import library_gather, library_wgrad
-from .plan import (
-    Direction,
-    Epilogue,
-    GatherPlan,
-    MaskPlan,
-    Operands,
-    WgradPlan,
-    mask_first,
-    plan_bias_activation,
-    plan_gather,
-    plan_mask,
-    plan_wgrad,
-)
+from .plan import Direction, Epilogue, Operands
+from .plan_gather import GatherPlan, plan_gather
+from .plan_pointwise import MaskPlan, mask_first, plan_bias_activation, plan_mask
+from .plan_wgrad import WgradPlan, plan_wgrad
 from .problem import ConvProblem
 
 __all__ = ["NAMESPACE", "triton_ops"]

@@ -27,16 +27,9 @@ from .ops import (
     run_grad_input,
     run_grad_weight,
 )
-from .plan import (
-    Choice,
-    Direction,
-    Epilogue,
-    Operands,
-    gather_tiles,
-    plan_gather,
-    plan_wgrad,
-    wgrad_tiles,
-)
+from .plan import Choice, Direction, Epilogue, Operands
+from .plan_gather import gather_tiles, plan_gather
+from .plan_wgrad import plan_wgrad, wgrad_tiles
 from .problem import ConvProblem
 
 __all__ = ["Pass", "measure_ms", "passes_of_call", "tune"]

@@ -45,7 +45,8 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 KERNELS = tuple(f"cuda/kernels_{dtype}.cu" for dtype in ("f16", "bf16", "f32", "f64"))
-HOST = ("cuda/conv.cpp", "cuda/passes.cpp", "cuda/plan.cpp", "common/phases.cpp")
+PLANS = tuple(f"cuda/plan{part}.cpp" for part in ("", "_gather", "_parts", "_text", "_wgrad"))
+HOST = ("cuda/conv.cpp", "cuda/passes.cpp", *PLANS, "common/phases.cpp")
 NAMESPACE = "segpose_simulated"
 TORCH_TARGET_VERSION = "0x020d000000000000"  # as in setup.py
 
@@ -112,11 +113,7 @@ def operators() -> tuple[torch.library.Library, dict[str, autograd.NativeOp]]:
     for name, schema in backends.SCHEMAS.items():
         definitions.define(f"{name}{schema}")
     torch.ops.load_library(built.path)
-    labels = {"conv2d": False, "conv_transpose2d": True}
-    return definitions, {
-        label: autograd.NativeOp(label, transposed=transposed, namespace=NAMESPACE)
-        for label, transposed in labels.items()
-    }
+    return definitions, autograd.make_ops(NAMESPACE)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "ptxsim")]
@@ -20,8 +21,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "ptxsim")]
 from segpose_kernels import kernel_facts  # noqa: E402
 
 # Backend and module; another one is another line here and in kernel_facts.SOURCES.
-PRODUCERS = {"cuda": "cuda_kernels"}
+PRODUCERS = {"cuda": "cuda_kernels", "triton": "triton_kernels"}
 DOCUMENT = ROOT / "docs" / "kernels.md"
+
+
+def dump(table: dict[str, Any]) -> str:
+    """JSON with one kernel a line."""
+    entries = []
+    for backend, entry in table.items():
+        rows = ",\n".join(json.dumps(kernel) for kernel in entry["kernels"])
+        others = {key: value for key, value in entry.items() if key != "kernels"}
+        before = json.dumps(others)[:-1]
+        entries.append(f'{json.dumps(backend)}: {before}, "kernels": [\n{rows}\n]}}')
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "compiler": facts.compiler,
             "kernels": facts.kernels,
         }
-    kernel_facts.DATA.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        # At once, so that what follows may fail.
+        kernel_facts.DATA.write_text(dump(table), encoding="utf-8")
     rewrite = importlib.import_module("document").rewrite
     DOCUMENT.write_text(rewrite(DOCUMENT.read_text(encoding="utf-8"), table), encoding="utf-8")
     return 0

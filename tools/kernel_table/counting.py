@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ptxsim import Counters
@@ -23,7 +24,9 @@ class Totals:
 
 
 def totals(counters: Counters) -> dict[str, Totals]:
-    """By opcode; loads and stores with their state space, asynchronous copies as "cp.async"."""
+    """By opcode; loads and stores with their state space, asynchronous copies as "cp.async", and
+    products on tensor cores as "mma".
+    """
     found: dict[str, Totals] = {}
     for stats in counters.instructions.values():
         parts = stats.text.lstrip("@!").split(maxsplit=1)
@@ -31,6 +34,8 @@ def totals(counters: Counters) -> dict[str, Totals]:
         opcode = text.split()[0].split(".")[0]
         if opcode in ("ld", "st"):
             opcode = stats.kind  # "ld global", "st shared", ...
+        elif stats.kind == "tensor":
+            opcode = "mma"
         elif text.startswith("cp.async.c") and "commit" not in text:
             opcode = "cp.async"
         total = found.setdefault(opcode, Totals())
@@ -43,8 +48,11 @@ def difference(longer: dict[str, Totals], shorter: dict[str, Totals]) -> dict[st
     return {kind: total - shorter.get(kind, Totals()) for kind, total in longer.items()}
 
 
-def figures(by_kind: dict[str, Totals]) -> dict[str, float]:
-    """Wavefronts over their minimum, sector efficiency, other instructions per tensor one."""
+def figures(by_kind: dict[str, Totals], without: Sequence[str] = ()) -> dict[str, float]:
+    """Wavefronts over their minimum, sector efficiency, other instructions per tensor one.
+
+    without: kinds that are not counted among the other instructions.
+    """
     result: dict[str, float] = {}
     for kind, name in (
         ("ldmatrix", "ldmatrix"),
@@ -60,6 +68,6 @@ def figures(by_kind: dict[str, Totals]) -> dict[str, float]:
         result["sector_efficiency"] = round(requested / (32 * sectors), 3)
     tensor = by_kind.get("mma", Totals()).executed
     if tensor:
-        others = sum(total.executed for total in by_kind.values()) - tensor
+        others = sum(t.executed for k, t in by_kind.items() if k not in without) - tensor
         result["instructions_per_mma"] = round(others / tensor, 3)
     return result

@@ -15,7 +15,7 @@ from typing import Any
 import cudasim
 import torch
 from counting import difference, figures, totals
-from facts import Facts, row
+from facts import GOAL_PER_MMA, GOAL_SECTORS, Facts, ctas_per_sm, row, sass_groups
 from ptxsim import Counters, toolchain
 
 from segpose_kernels import _plan
@@ -28,12 +28,9 @@ sys.path.append(str(cudasim.ROOT / "tests"))
 from cuda_scenarios import DTYPES, SCENARIOS
 
 ARCHS = ("sm_80", "sm_90")  # what setup.py builds where no GPU is seen
-SHARED_PER_SM = {"sm_80": 164, "sm_90": 228}  # KiB
 # One more channel block of the filter for each tap: a tap is left every second K block of two-byte
 # elements, as in the narrowest layers that count as wide.
 STEADY_CHANNELS = 64
-GOAL_PER_MMA = 1.5
-GOAL_SECTORS = 0.95
 # Kernels whose traffic is compared with that of the whole pass.
 MAIN = ("gather", "direct", "depthwise", "wgrad")
 
@@ -186,29 +183,6 @@ def note(name: str, simulated: dict[str, float]) -> str | None:
     return _TF32_WGRAD if name.startswith("wgrad") else _TF32_SMALL
 
 
-# Static --------------------------------------------------------------------------------------
-
-
-def ctas_per_sm(registers: int, threads: int, shared: int, arch: str) -> int:
-    """Resident blocks: CUDA C++ Programming Guide, "Compute capabilities" and "Occupancy"."""
-    warps = -(-threads // 32)
-    registers_per_warp = -(-registers * 32 // 256) * 256
-    by_registers = 65536 // registers_per_warp // 4 * 4 // warps
-    by_shared = SHARED_PER_SM[arch] * 1024 // (shared + 1024)
-    return min(by_registers, by_shared, 2048 // threads, 32)
-
-
-def _sass(counts: dict[str, int]) -> dict[str, int]:
-    """The counts that a reader looks for first, then every mnemonic the disassembler found."""
-    groups = {
-        "tensor": ("HMMA", "HGMMA", "IMMA"),
-        "load": ("LDG", "LDGSTS", "LDS", "LDSM"),
-        "local": ("LDL", "STL"),
-    }
-    summed = {group: sum(counts.get(m, 0) for m in members) for group, members in groups.items()}
-    return summed | {mnemonic: count for mnemonic, count in counts.items() if count}
-
-
 def produce() -> Facts:
     """Compile, disassemble, execute; about five minutes on one core."""
     observed = observe_scenarios()
@@ -239,7 +213,7 @@ def produce() -> Facts:
                         stack_bytes=resources.stack_bytes,
                         shared_bytes=shared,
                         ctas_per_sm=ctas_per_sm(resources.registers, seen.threads, shared, arch),
-                        sass=_sass(resources.sass),
+                        sass=sass_groups(resources.sass),
                         simulated=simulated,
                         problem=problem,
                         note=note(name, simulated),

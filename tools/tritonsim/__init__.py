@@ -12,6 +12,7 @@ that ptxsim reports on, or that leaves an element of an output unwritten, raises
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,8 @@ class Simulator:
                 divisible=self.misalign % 16 == 0,
                 **options,
             )
+            # Parsed kernels live to the end: keep the collector off them.
+            gc.freeze()
         return self.kernels[key], values
 
     def start(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Host code that allocates by itself and notes its memory; several objects in one library."""
 
 from __future__ import annotations

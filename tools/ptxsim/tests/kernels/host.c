@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 /* Host code that allocates by itself: y = 6 x by way of scratch memory. `fault` plants one. */
 #include <stdlib.h>
 

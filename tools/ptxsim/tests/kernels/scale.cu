@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Two kernels and launchers without a memory of their own: what they may touch is noted by the host code.
 #include <cuda_runtime_api.h>
 
