@@ -158,18 +158,20 @@ def test_settling_waits_for_a_spinning_thread_but_not_for_ever() -> None:
         while not stop.is_set():
             torch.ones(100_000).add_(1)  # releases the interpreter lock now and then
 
+    def settled() -> float:
+        start = time.perf_counter()
+        CpuClock().settle()
+        return time.perf_counter() - start
+
+    # A busy machine may starve the thread, or delay a pause: one of some attempts goes undisturbed.
     thread = threading.Thread(target=spin)
     thread.start()
-    start = time.perf_counter()
-    CpuClock().settle()
-    waited = time.perf_counter() - start
+    spinning = [settled() for _ in range(5)]
     stop.set()
     thread.join()
-    assert waited > 0.05
-    assert waited < 2.0
-    start = time.perf_counter()
-    CpuClock().settle()
-    assert time.perf_counter() - start < 0.05
+    assert max(spinning) > 0.05
+    assert min(spinning) < 2.0
+    assert min(settled() for _ in range(5)) < 0.05
 
 
 @pytest.mark.parametrize("count", [6, 9, 25])
