@@ -25,14 +25,14 @@ def _has_kernels(x: Tensor) -> bool:
     """Whether the kernels take it: a plain CPU tensor in channels_last, called eagerly."""
     return (
         LIBRARY.loaded
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.dtype in NATIVE_DTYPES
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-        and not transforms_active()
     )
 
 
