@@ -67,7 +67,9 @@ DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 PLAN_SOURCES = [
     "csrc/common/phases.cpp",
+    "csrc/cpu/costs.cpp",
     "csrc/cpu/cpu_features.cpp",
+    "csrc/cpu/panels.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/planes.cpp",
     "csrc/cpu/rows_plan.cpp",

@@ -2,10 +2,11 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <sstream>
 #include <stdexcept>
 
+#include "costs.h"
+#include "panels.h"
 #include "ukernels.h"
 
 namespace segpose {
@@ -24,66 +25,16 @@ constexpr int64_t kPanelBytes = 512 << 10;
 constexpr int64_t kMinTasks = 16;
 // Below this many channels the row pointers of igemm cost more than copying the taps together.
 constexpr int64_t kGatherChannels = 8;
-// Reduced pixels of a wgrad block: its rows of x and g stay in L2 for all the tiles that use them.
-constexpr int64_t kWgradPixels = 512;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
 // Products of one sum over bands of rows, which is not cut into chunks: longer ones would round more than torch's.
 constexpr int64_t kRowsSteps = 2048;
-// Partial sums of a wgrad over bands of rows.
-constexpr int64_t kRowsWgradSplits = 24;
+// Partial sums of a wgrad over bands of rows; and what the wgrad of whole layers took over its prediction, beside AMX.
+constexpr double kWinogradWgrad = 1.5;
 constexpr int64_t kRowsWgradValues = 1 << 20;
-// Cycles of copying a tap of a pixel, and of starting a run of pixels in a wgrad tile. Panels of one vector wait for
-// loads.
-constexpr double kGatherCycles = 7;
-constexpr double kSegmentCycles = 12;
-constexpr double kNarrowWgrad = 1.8;
-// Cycles of a value that comes from memory, or from a filter larger than L2 for every task.
-constexpr double kMemoryCycles = 0.25;
-constexpr double kFilterCycles = 0.5;
-constexpr double kCacheValues = 256 << 10;
-// Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
-constexpr double kPixelCycles = 14;
-constexpr double kPointerCycles = 0.7;
-// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; and of a
-// pass whatever its size.
-constexpr double kTileCycles = 24;
-constexpr double kStoreCycles = 12;
-constexpr double kSplitCycles = 4;
-constexpr double kSplitPass = 75e3;
-// Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
-constexpr double kStridedSplit = 3;
-// What the transforms of whole layers took over their predictions, with AMX products in between.
-constexpr double kWinograd3 = 1.5;
-constexpr double kWinograd2 = 2;
-// Of starting a line of tiles, and of staging a value.
-constexpr double kLineCycles = 60;
-constexpr double kStageCycles = 0.25;
-// Of packing 16 values of a filter into tiles.
-constexpr double kPackCycles = 25;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Widest panels first, then the narrowest width that holds what is left.
-template <class Width>
-std::vector<Panel> split_columns(int64_t columns, int widths, const Width& width) {
-  std::vector<Panel> panels;
-  int64_t column = 0;
-  const int64_t widest = width(widths - 1);
-  for (; columns - column >= widest; column += widest) panels.push_back({column, widest, widths - 1, widest});
-  while (column < columns) {
-    int tile = 0;
-    while (width(tile) < columns - column && width(tile + 1) <= columns - column) ++tile;
-    // One panel with a few idle lanes beats two that each pay for the broadcasts.
-    if (width(tile) < columns - column && 8 * (columns - column) >= 5 * width(tile + 1)) ++tile;
-    const int64_t valid = std::min(width(tile), columns - column);
-    panels.push_back({column, valid, tile, width(tile)});
-    column += valid;
-  }
-  return panels;
-}
 
 // dgrad's phases. A single source row reaches each destination row by one tap at most: with a stride larger than all
 // distances every row is a phase of its own, and no tap reads padding.
@@ -92,41 +43,6 @@ std::vector<Phase> gather_phases(const ConvProblem& problem) {
   if (problem.p == 1) apart.stride_h = problem.h + problem.pad_h + problem.r * problem.dilation_h;
   if (problem.q == 1) apart.stride_w = problem.w + problem.pad_w + problem.s * problem.dilation_w;
   return dgrad_phases(apart);
-}
-
-struct Widths {
-  int count;
-  int64_t width[kMaxWgradTiles];
-};
-
-template <class T>
-Widths rows_widths(Isa isa) {
-  const Ukernels<T>& table = ukernels<T>(isa);
-  Widths widths{2, {}};
-  widths.width[0] = table.rows[table.rows_tiles - 1].nr;
-  widths.width[1] = table.rows[0].nr;
-  return widths;
-}
-
-template <class T>
-Widths gemm_widths(Isa isa) {
-  const Ukernels<T>& table = ukernels<T>(isa);
-  Widths widths{table.gemm_tiles, {}};
-  for (int i = 0; i < table.gemm_tiles; ++i) widths.width[i] = table.gemm[i].nr;
-  return widths;
-}
-
-// wgrad tables are sorted wide to narrow with several heights each; panels name the first of a width.
-template <class T>
-Widths wgrad_widths(Isa isa) {
-  const Ukernels<T>& table = ukernels<T>(isa);
-  Widths widths{0, {}};
-  for (int i = table.wgrad_tiles - 1; i >= 0; --i) {
-    if (widths.count == 0 || widths.width[widths.count - 1] != table.wgrad[i].nr) {
-      widths.width[widths.count++] = table.wgrad[i].nr;
-    }
-  }
-  return widths;
 }
 
 bool is_depthwise(const ConvProblem& problem) { return problem.c_per_group() == 1 && problem.k_per_group() == 1; }
@@ -141,65 +57,6 @@ bool gathers(const Plan& plan) {
 void sort_taps(std::vector<Tap>& taps) {
   std::sort(taps.begin(), taps.end(),
             [](const Tap& a, const Tap& b) { return a.off_h != b.off_h ? a.off_h < b.off_h : a.off_w < b.off_w; });
-}
-
-// What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
-double multiply_add_cycles(Isa isa) {
-  const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
-  return 1.15 / (2 * lanes);
-}
-
-double direct_cycles(const Plan& plan, const Widths& widths) {
-  const auto panels = split_columns(plan.columns(), widths.count, [&](int i) { return widths.width[i]; });
-  double pixels = 0;
-  double terms = 0;
-  for (const Phase& phase : plan.phases) {
-    const double rows = static_cast<double>(plan.problem.n * phase.rows * phase.cols);
-    pixels += rows;
-    terms += rows * static_cast<double>(phase.taps.size());
-  }
-  const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
-  return terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
-         (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
-}
-
-// Steps of a line of tiles: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
-template <class T>
-double line_cycles(Isa isa, int64_t pixels, int64_t width) {
-  const Ukernels<T>& table = ukernels<T>(isa);
-  double cycles = 0;
-  for (int i = 0; i < table.rows_tiles; ++i) {
-    const RowsTile<T>& tile = table.rows[i];
-    if (tile.nr != width) continue;
-    const double vectors = static_cast<double>(tile.nr / table.vector_length);
-    const double step = std::max({0.5 * tile.mr * vectors, 0.5 * (tile.mr + vectors), 4.0});
-    cycles += static_cast<double>(pixels / tile.mr) * step;
-    pixels %= tile.mr;
-  }
-  return cycles;
-}
-
-template <class T>
-double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
-  double cycles = 0;
-  double most_rows = 1;
-  for (const Phase& phase : plan.phases) {
-    most_rows = std::max(most_rows, static_cast<double>(phase.rows));
-    const int64_t pixels = rows.along_images ? rows.images : phase.cols;
-    const int64_t other = rows.along_images ? ceil_div(plan.problem.n, rows.images) * phase.cols : plan.problem.n;
-    const double lines = static_cast<double>(phase.rows * other);
-    const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
-    for (const Panel& panel : panels) {
-      cycles += lines * (kLineCycles + 1.1 * steps * line_cycles<T>(plan.isa, pixels, panel.nr));
-    }
-  }
-  const int64_t channels = plan.depth() * plan.problem.groups;
-  const double tasks = std::ceil(static_cast<double>(plan.problem.n) / static_cast<double>(rows.images)) *
-                       std::ceil(most_rows / static_cast<double>(rows.rows));
-  const double filter = static_cast<double>(plan.problem.taps() * plan.depth() * plan.columns() * plan.problem.groups);
-  return cycles * static_cast<double>(plan.problem.groups) +
-         tasks * (static_cast<double>(staged_values(rows, channels)) * kStageCycles +
-                  (filter > kCacheValues ? filter * kFilterCycles : 0));
 }
 
 // Terms of a split that may be used: 0 where the machine has no tiles, the dtype has no split or a sum must be exact.
@@ -235,79 +92,9 @@ struct Choice {
   }
 };
 
-double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepared) {
-  const ConvProblem& problem = plan.problem;
-  const bool forward = plan.pass == Pass::fprop;
-  double pixels = 0;
-  for (const Phase& phase : plan.phases) pixels += static_cast<double>(problem.n * phase.rows * phase.cols);
-  const double source =
-      static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
-  const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
-  const double filter = panels * static_cast<double>(plan.depth() * problem.taps() * problem.groups);
-  const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
-                        static_cast<double>(problem.groups) *
-                            (pixels * panels * kStoreCycles +
-                             source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
-  const bool strided = forward && problem.stride_w > 1 && plan.depth() < kTileDepth;
-  return kSplitPass + cycles * (strided ? kStridedSplit : 1);
-}
-
-double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
-  const ConvProblem& problem = plan.problem;
-  const double grad = static_cast<double>(problem.n * problem.p * problem.q * ceil_div(problem.k, 16));
-  const double source = static_cast<double>(problem.n * problem.h * problem.w * ceil_div(problem.c, 16));
-  // Sums leave the tiles after fewer steps than in fprop.
-  return kSplitPass + 1.4 * split.steps_issued * kTileCycles +
-         (grad + source) * static_cast<double>(split.terms) * 3 * kSplitCycles;
-}
-
-double transform_factor(Algorithm algorithm, const TransformPlan& transform) {
-  if (transform.terms == 0 || algorithm == Algorithm::fourier) return 1;
-  return transform.r == 2 ? kWinograd2 : kWinograd3;
-}
-
 // Transforms compute in float32 and round more than one bfloat16 term may.
 bool may_transform(const Plan& plan, Precision precision) {
   return precision != Precision::exact && plan.dtype != DType::float64 && usable_terms(plan, precision) != 1;
-}
-
-// Columns of whole panels.
-int64_t padded(int64_t columns, const Widths& widths) {
-  const auto panels = split_columns(columns, widths.count, [&](int i) { return widths.width[i]; });
-  return panels.back().column + panels.back().nr;
-}
-
-double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
-  const ConvProblem& problem = plan.problem;
-  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
-  const double taps = static_cast<double>(problem.taps());
-  const double filters = static_cast<double>(problem.k);
-  if (plan.algorithm == Algorithm::gathered) {
-    const double columns = static_cast<double>(padded(problem.taps() * problem.c_per_group(), widths));
-    return pixels * (columns * filters * multiply_add_cycles(plan.isa) +
-                     taps * static_cast<double>(problem.groups) * kGatherCycles);
-  }
-  const double columns = taps * static_cast<double>(padded(problem.c_per_group(), widths));
-  const double runs = problem.p * problem.q == 1 ? pixels / kWgradPixels : pixels / static_cast<double>(problem.q);
-  const double values = static_cast<double>(problem.n) *
-                        static_cast<double>(problem.p * problem.q * problem.k + problem.h * problem.w * problem.c);
-  return pixels * columns * filters * multiply_add_cycles(plan.isa) +
-         (runs + 1) * taps * std::ceil(filters / 6) * kSegmentCycles +
-         (values > 4 * kCacheValues ? values * taps * kMemoryCycles : 0);
-}
-
-double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
-  const ConvProblem& problem = plan.problem;
-  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
-  const double units = static_cast<double>(merged.runs.size());
-  const double columns = units * static_cast<double>(padded(merged.taps * problem.c_per_group(), widths));
-  const double filters = static_cast<double>(problem.k);
-  const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
-  const double narrow = merged.taps * problem.c_per_group() <= widths.width[0] ? kNarrowWgrad : 1;
-  return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
-         pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
-         tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
-         kRowsWgradSplits * columns * filters * kStageCycles;
 }
 
 void choose_wgrad(Plan& plan, const Widths& widths, Precision precision, Choice& choice) {
@@ -334,7 +121,7 @@ void choose_wgrad(Plan& plan, const Widths& widths, Precision precision, Choice&
         algorithm == Algorithm::winograd ? plan_winograd_wgrad(query) : plan_fourier_wgrad(query);
     if (candidate.plan.n == 0) continue;
     const double cycles =
-        candidate.cycles * (plan.isa == Isa::amx && algorithm == Algorithm::winograd ? kWinograd3 : 1);
+        candidate.cycles * (plan.isa == Isa::amx && algorithm == Algorithm::winograd ? kWinogradWgrad : 1);
     if (choice.takes(algorithm, cycles)) plan.transform = candidate.plan;
   }
 }
@@ -359,9 +146,8 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     const bool wide = plan.dtype == DType::float64;
     const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
     const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);
-    const auto panels = split_columns(columns, rows_width.count, [&](int i) { return rows_width.width[i]; });
-    const double cycles = wide ? rows_cycles<double>(plan, rows, panels) : rows_cycles<float>(plan, rows, panels);
-    if (choice.takes(Algorithm::rows, cycles)) {
+    const auto panels = split_columns(columns, rows_width);
+    if (choice.takes(Algorithm::rows, rows_cycles(plan, rows, panels))) {
       plan.rows = rows;
       plan.panels = panels;
     }
@@ -407,7 +193,7 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
   if (plan.algorithm == Algorithm::depthwise) {
     plan.panels = {{0, plan.columns(), 0, plan.columns()}};
   } else {
-    plan.panels = split_columns(plan.columns(), widths.count, [&](int i) { return widths.width[i]; });
+    plan.panels = split_columns(plan.columns(), widths);
   }
   int64_t most_rows = 1;
   int64_t most_taps = 1;
@@ -443,8 +229,7 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
 void plan_rows_wgrad(Plan& plan, const Widths& widths) {
   const ConvProblem& problem = plan.problem;
   const PhaseRuns merged = merge_taps(plan.phases.front(), problem.groups == 1);
-  plan.panels =
-      split_columns(merged.taps * problem.c_per_group(), widths.count, [&](int i) { return widths.width[i]; });
+  plan.panels = split_columns(merged.taps * problem.c_per_group(), widths);
   const int64_t values = problem.k * static_cast<int64_t>(merged.runs.size()) * plan.padded_columns();
   const int64_t blocks = ceil_div(problem.n, plan.rows.images) * ceil_div(problem.p, plan.rows.rows);
   plan.splits = std::min({kRowsWgradSplits, blocks, std::max<int64_t>(kRowsWgradValues / values, 1)});
@@ -461,7 +246,7 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
     plan.panels = {{0, problem.groups, 0, problem.groups}};
   } else {
     const int64_t columns = problem.c_per_group() * (gathered ? problem.taps() : 1);
-    plan.panels = split_columns(columns, widths.count, [&](int i) { return widths.width[i]; });
+    plan.panels = split_columns(columns, widths);
   }
   const int64_t pixels = problem.n * problem.p * problem.q;
   plan.block_m = std::clamp<int64_t>(pixels, 1, kWgradPixels);

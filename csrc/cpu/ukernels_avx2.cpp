@@ -12,7 +12,10 @@
 #pragma GCC target("avx2,fma,f16c")
 namespace segpose::avx2 {
 
+// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
+#include "staging-inl.h"
+// clang-format on
 
 // 12 accumulators, 2 vectors of B and one broadcast use 15 of the 16 registers.
 template <class T>

@@ -27,7 +27,10 @@ inline __m512d masked_load(const double* source, int64_t count) {
 #define SEGPOSE_MASKED_STORE masked_store
 #define SEGPOSE_MASKED_LOAD masked_load
 
+// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
+#include "staging-inl.h"
+// clang-format on
 
 // 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
 // registers.

@@ -8,7 +8,10 @@
 namespace segpose {
 namespace generic {
 
+// clang-format off: the second text uses the first
 #include "ukernels-inl.h"
+#include "staging-inl.h"
+// clang-format on
 
 template <class T>
 constexpr Ukernels<T> table() {

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "costs.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace segpose {
+namespace {
+
+// Cycles of copying a tap of a pixel, and of starting a run of pixels in a wgrad tile. Panels of one vector wait for
+// loads.
+constexpr double kGatherCycles = 7;
+constexpr double kSegmentCycles = 12;
+constexpr double kNarrowWgrad = 1.8;
+// Cycles of a value that comes from memory, or from a filter larger than L2 for every task.
+constexpr double kMemoryCycles = 0.25;
+constexpr double kFilterCycles = 0.5;
+constexpr double kCacheValues = 256 << 10;
+// Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
+constexpr double kPixelCycles = 14;
+constexpr double kPointerCycles = 0.7;
+// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; and of a
+// pass whatever its size.
+constexpr double kTileCycles = 24;
+constexpr double kStoreCycles = 12;
+constexpr double kSplitCycles = 4;
+constexpr double kSplitPass = 75e3;
+// Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
+constexpr double kStridedSplit = 3;
+// What the transforms of whole layers took over their predictions, with AMX products in between.
+constexpr double kWinograd3 = 1.5;
+constexpr double kWinograd2 = 2;
+// Of starting a line of tiles, and of staging a value.
+constexpr double kLineCycles = 60;
+constexpr double kStageCycles = 0.25;
+// Of packing 16 values of a filter into tiles.
+constexpr double kPackCycles = 25;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
+double multiply_add_cycles(Isa isa) {
+  const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
+  return 1.15 / (2 * lanes);
+}
+
+// Steps of a line of tiles: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
+template <class T>
+double line_cycles(Isa isa, int64_t pixels, int64_t width) {
+  const Ukernels<T>& table = ukernels<T>(isa);
+  double cycles = 0;
+  for (int i = 0; i < table.rows_tiles; ++i) {
+    const RowsTile<T>& tile = table.rows[i];
+    if (tile.nr != width) continue;
+    const double vectors = static_cast<double>(tile.nr / table.vector_length);
+    const double step = std::max({0.5 * tile.mr * vectors, 0.5 * (tile.mr + vectors), 4.0});
+    cycles += static_cast<double>(pixels / tile.mr) * step;
+    pixels %= tile.mr;
+  }
+  return cycles;
+}
+
+template <class T>
+double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
+  double cycles = 0;
+  double most_rows = 1;
+  for (const Phase& phase : plan.phases) {
+    most_rows = std::max(most_rows, static_cast<double>(phase.rows));
+    const int64_t pixels = rows.along_images ? rows.images : phase.cols;
+    const int64_t other = rows.along_images ? ceil_div(plan.problem.n, rows.images) * phase.cols : plan.problem.n;
+    const double lines = static_cast<double>(phase.rows * other);
+    const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
+    for (const Panel& panel : panels) {
+      cycles += lines * (kLineCycles + 1.1 * steps * line_cycles<T>(plan.isa, pixels, panel.nr));
+    }
+  }
+  const int64_t channels = plan.depth() * plan.problem.groups;
+  const double tasks = std::ceil(static_cast<double>(plan.problem.n) / static_cast<double>(rows.images)) *
+                       std::ceil(most_rows / static_cast<double>(rows.rows));
+  const double filter = static_cast<double>(plan.problem.taps() * plan.depth() * plan.columns() * plan.problem.groups);
+  return cycles * static_cast<double>(plan.problem.groups) +
+         tasks * (static_cast<double>(staged_values(rows, channels)) * kStageCycles +
+                  (filter > kCacheValues ? filter * kFilterCycles : 0));
+}
+
+}  // namespace
+
+double direct_cycles(const Plan& plan, const Widths& widths) {
+  const auto panels = split_columns(plan.columns(), widths);
+  double pixels = 0;
+  double terms = 0;
+  for (const Phase& phase : plan.phases) {
+    const double rows = static_cast<double>(plan.problem.n * phase.rows * phase.cols);
+    pixels += rows;
+    terms += rows * static_cast<double>(phase.taps.size());
+  }
+  const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
+  return terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
+         (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
+}
+
+double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
+  if (plan.dtype == DType::float64) return rows_cycles_as<double>(plan, rows, panels);
+  return rows_cycles_as<float>(plan, rows, panels);
+}
+
+double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepared) {
+  const ConvProblem& problem = plan.problem;
+  const bool forward = plan.pass == Pass::fprop;
+  double pixels = 0;
+  for (const Phase& phase : plan.phases) pixels += static_cast<double>(problem.n * phase.rows * phase.cols);
+  const double source =
+      static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
+  const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
+  const double filter = panels * static_cast<double>(plan.depth() * problem.taps() * problem.groups);
+  const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
+                        static_cast<double>(problem.groups) *
+                            (pixels * panels * kStoreCycles +
+                             source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
+  const bool strided = forward && problem.stride_w > 1 && plan.depth() < kTileDepth;
+  return kSplitPass + cycles * (strided ? kStridedSplit : 1);
+}
+
+double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
+  const ConvProblem& problem = plan.problem;
+  const double grad = static_cast<double>(problem.n * problem.p * problem.q * ceil_div(problem.k, 16));
+  const double source = static_cast<double>(problem.n * problem.h * problem.w * ceil_div(problem.c, 16));
+  // Sums leave the tiles after fewer steps than in fprop.
+  return kSplitPass + 1.4 * split.steps_issued * kTileCycles +
+         (grad + source) * static_cast<double>(split.terms) * 3 * kSplitCycles;
+}
+
+double transform_factor(Algorithm algorithm, const TransformPlan& transform) {
+  if (transform.terms == 0 || algorithm == Algorithm::fourier) return 1;
+  return transform.r == 2 ? kWinograd2 : kWinograd3;
+}
+
+double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
+  const ConvProblem& problem = plan.problem;
+  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
+  const double taps = static_cast<double>(problem.taps());
+  const double filters = static_cast<double>(problem.k);
+  if (plan.algorithm == Algorithm::gathered) {
+    const double columns = static_cast<double>(padded(problem.taps() * problem.c_per_group(), widths));
+    return pixels * (columns * filters * multiply_add_cycles(plan.isa) +
+                     taps * static_cast<double>(problem.groups) * kGatherCycles);
+  }
+  const double columns = taps * static_cast<double>(padded(problem.c_per_group(), widths));
+  const double runs = problem.p * problem.q == 1 ? pixels / kWgradPixels : pixels / static_cast<double>(problem.q);
+  const double values = static_cast<double>(problem.n) *
+                        static_cast<double>(problem.p * problem.q * problem.k + problem.h * problem.w * problem.c);
+  return pixels * columns * filters * multiply_add_cycles(plan.isa) +
+         (runs + 1) * taps * std::ceil(filters / 6) * kSegmentCycles +
+         (values > 4 * kCacheValues ? values * taps * kMemoryCycles : 0);
+}
+
+double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
+  const ConvProblem& problem = plan.problem;
+  const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
+  const double units = static_cast<double>(merged.runs.size());
+  const double columns = units * static_cast<double>(padded(merged.taps * problem.c_per_group(), widths));
+  const double filters = static_cast<double>(problem.k);
+  const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
+  const double narrow = merged.taps * problem.c_per_group() <= widths.width[0] ? kNarrowWgrad : 1;
+  return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
+         pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
+         tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
+         kRowsWgradSplits * columns * filters * kStageCycles;
+}
+
+}  // namespace segpose

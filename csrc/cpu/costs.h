@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Predicted cycles of one core for a pass by each algorithm: what a plan chooses by. The constants were fitted to
+// single passes of the models' layers on one core with AVX-512 and AMX; what counts is their order, not their size.
+// Transforms predict themselves (transform_plan.h), times transform_factor.
+#pragma once
+
+#include "panels.h"
+
+namespace segpose {
+
+// Of fprop and dgrad; the plan has its problem, phases and a direct algorithm.
+double direct_cycles(const Plan& plan, const Widths& widths);
+double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels);
+double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepared);
+double transform_factor(Algorithm algorithm, const TransformPlan& transform);
+
+double direct_wgrad_cycles(const Plan& plan, const Widths& widths);
+double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths);
+double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split);
+
+// Splits that the partial sums of a wgrad over bands of rows are predicted with, and most of them.
+inline constexpr int64_t kRowsWgradSplits = 24;
+// Reduced pixels of a direct wgrad's block: its rows of x and g stay in L2 for all the tiles that use them.
+inline constexpr int64_t kWgradPixels = 512;
+
+}  // namespace segpose
