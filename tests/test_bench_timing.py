@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import pytest
 import torch
 from made_up_results import LIMITS
 
-from segpose_kernels.bench import limits
+from segpose_kernels.bench import limits, timing
 from segpose_kernels.bench.statistics import geometric_mean, median_of, paired_ratio
 from segpose_kernels.bench.timing import CpuClock, CudaClock, Effort, Samples, take_turns
 
@@ -151,27 +150,34 @@ def test_the_cuda_clock_leaves_out_what_clears_the_cache(monkeypatch: pytest.Mon
     assert log == ["clear", "call", "clear", "call"]
 
 
-def test_settling_waits_for_a_spinning_thread_but_not_for_ever() -> None:
-    stop = threading.Event()
+class FakeTime:
+    """A clock that only sleeping moves; other threads spin until `busy_until`."""
 
-    def spin() -> None:
-        while not stop.is_set():
-            torch.ones(100_000).add_(1)  # releases the interpreter lock now and then
+    def __init__(self, busy_until: float) -> None:
+        self.now = self.used = 0.0
+        self.busy_until = busy_until
 
-    def settled() -> float:
-        start = time.perf_counter()
-        CpuClock().settle()
-        return time.perf_counter() - start
+    def perf_counter(self) -> float:
+        return self.now
 
-    # A busy machine may starve the thread, or delay a pause: one of some attempts goes undisturbed.
-    thread = threading.Thread(target=spin)
-    thread.start()
-    spinning = [settled() for _ in range(5)]
-    stop.set()
-    thread.join()
-    assert max(spinning) > 0.05
-    assert min(spinning) < 2.0
-    assert min(settled() for _ in range(5)) < 0.05
+    def process_time(self) -> float:
+        return self.used
+
+    def sleep(self, seconds: float) -> None:
+        self.used += min(seconds, max(self.busy_until - self.now, 0.0))
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("busy_until", "least", "most"), [(0.0, 0.0, 0.003), (0.02, 0.02, 0.03), (9.0, 0.05, 0.07)]
+)
+def test_settling_waits_for_spinning_threads_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, busy_until: float, least: float, most: float
+) -> None:
+    fake = FakeTime(busy_until)
+    monkeypatch.setattr(timing, "time", fake)
+    CpuClock().settle()
+    assert least <= fake.now <= most
 
 
 @pytest.mark.parametrize("count", [6, 9, 25])
