@@ -45,7 +45,7 @@ def test_exact_sums_directly_and_comes_back() -> None:
     x, w = tiled_case()
     problem = _plan.ConvProblem.for_conv2d(x.shape, w.shape, padding=(1, 1))
     assert _plan.plan(problem).algorithm in ("winograd", "split")
-    assert _plan.plan(problem, precision="exact").algorithm == "igemm"
+    assert _plan.plan(problem, precision="exact").algorithm in ("igemm", "rows")
     default = run(x, w)
     with segpose_kernels.precision("exact"):
         exact = run(x, w)
