@@ -270,6 +270,39 @@ def test_every_algorithm_agrees_with_float64(algorithm: str) -> None:
         assert runs > FORCED_CASES // 16
 
 
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_wide_filters_run_in_parts(op: Op, input_layout: str) -> None:
+    """512 x 512 channels transformed are more than a pass keeps at once; their last part is ragged.
+
+    Both passes that read the filter, bias and activation of every part included.
+    """
+    spec = ConvSpec(
+        name="wide",
+        op=op,
+        n=1,
+        c_in=500,
+        c_out=500,
+        h=9,
+        w=10,
+        kernel=(3, 3),
+        padding=(1, 1),
+        activation="leaky_relu",
+        slope=0.1,
+    )
+    problem = problem_of(spec)
+    assert _plan.plan(problem, "fprop", algorithm="winograd").algorithm == "winograd"
+    tensors = spec.make_tensors(
+        torch.float32,
+        generator=torch.Generator().manual_seed(3),
+        input_layout=input_layout,
+        weight_layout=input_layout,
+        grad_layout=input_layout,
+    )
+    with forced("winograd"):
+        assert_results_match(spec, tensors, run_fused(spec, tensors))
+
+
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(case=st.one_of(cases("conv2d"), cases("conv_transpose2d")))
 def test_torch_accepts_what_the_fuzz_draws(case: Case) -> None:

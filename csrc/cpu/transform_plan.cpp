@@ -64,17 +64,24 @@ int64_t common_edge(const std::vector<Phase>& phases) {
   return edge;
 }
 
-TransformCandidate plan_codelet(const TransformQuery& query, int64_t codelet, int64_t r, int64_t terms) {
-  const TransformUkernels& kernels = transform_ukernels(query.isa);
+// A plan with what its codelet decides for taps of r x r.
+TransformPlan plan_of(const TransformUkernels& kernels, int64_t codelet, int64_t r) {
   const TransformCodelets& transform = kernels.codelets[codelet];
-  TransformCandidate candidate;
-  TransformPlan& plan = candidate.plan;
+  TransformPlan plan{};
   plan.n = transform.n;
   plan.r = r;
   plan.m = transform.n - r + 1;
   plan.frequencies = transform.frequencies;
   plan.parts = transform.parts;
   plan.codelet = codelet;
+  return plan;
+}
+
+TransformCandidate plan_codelet(const TransformQuery& query, int64_t codelet, int64_t r, int64_t terms) {
+  const TransformUkernels& kernels = transform_ukernels(query.isa);
+  TransformCandidate candidate;
+  TransformPlan& plan = candidate.plan;
+  plan = plan_of(kernels, codelet, r);
   plan.terms = terms;
   const int64_t vector = kernels.vector_length;
   plan.panel_columns = terms > 0 ? 2 * kTileColumns : (plan.parts == 2 ? 1 : kernels.vectors) * vector;
@@ -190,15 +197,9 @@ namespace {
 
 TransformCandidate plan_wgrad_codelet(const TransformWgradQuery& query, int64_t codelet, int64_t adjoint, int64_t r) {
   const TransformUkernels& kernels = transform_ukernels(query.isa);
-  const TransformCodelets& transform = kernels.codelets[codelet];
   TransformCandidate candidate;
   TransformPlan& plan = candidate.plan;
-  plan.n = transform.n;
-  plan.r = r;
-  plan.m = transform.n - r + 1;
-  plan.frequencies = transform.frequencies;
-  plan.parts = transform.parts;
-  plan.codelet = codelet;
+  plan = plan_of(kernels, codelet, r);
   plan.adjoint = adjoint;
   const int64_t vector = kernels.vector_length;
   const int64_t panel = (plan.parts == 2 ? kernels.reduce_complex : kernels.reduce_real).vectors * vector;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ _CATS = (torch.cat, torch.concat, torch.concatenate)
 
 
 @dataclass(eq=False)
-class Step:
+class Step(ABC):
     """What runs at once: `name` is the layer or forward it belongs to, `reads` and `writes` are
     numbers of values.
     """
@@ -29,9 +30,9 @@ class Step:
     reads: tuple[int, ...]
     writes: int
 
+    @abstractmethod
     def run(self, values: list[Any]) -> Any:
         """The result, computed without knowing any shape in advance."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
