@@ -35,8 +35,7 @@ int64_t release_workspace() { return WorkspacePool::instance().clear(); }
 bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
 
 Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return allocate_result(shape, like, channels_last);
 }
 
 char* advance(void* data, int64_t elements, DType dtype) {

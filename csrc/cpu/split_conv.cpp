@@ -231,12 +231,13 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
   args.a_block = layout.block;
   args.out_row_tile = tiles * kTileFloats;
   args.out_column_tile = kTileFloats;
+  args.b_term = tiles * kTileBytes;
   args.b_block = steps * launch.layout->step_bytes(plan, panel);
   const char* filter = launch.packed + launch.layout->panel_offset(plan, phase, block.group, panel);
   for (int64_t chunk = 0; chunk < split.channel_blocks; chunk += split.chunk_blocks) {
     const bool last = chunk + split.chunk_blocks >= split.channel_blocks;
     args.blocks = std::min(split.chunk_blocks, split.channel_blocks - chunk);
-    args.b = filter + chunk * args.b_block;
+    for (int64_t t = 0; t < tiles; ++t) args.b[t] = filter + chunk * args.b_block + t * kTileBytes;
     for (int64_t g = 0; g < groups; ++g) {
       const TileGroup& group = scratch.groups[g];
       const SplitShape& shape = tiles == 1 ? kernels.narrow : group.count == 1 ? kernels.flat : kernels.wide;

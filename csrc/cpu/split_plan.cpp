@@ -12,8 +12,10 @@ constexpr int64_t kSourceBytes = 640 << 10;
 // A block across images keeps all taps of 16 images.
 constexpr int64_t kImagesSourceBytes = 1536 << 10;
 constexpr int64_t kFilterChunkBytes = 512 << 10;
-// Positions of a wgrad block, by terms: 32 filters and 32 channels of it take 1.5 MB of L2.
-constexpr int64_t kWgradPositionTerms = 3 * 4096;
+// 32 filters and 32 channels of a wgrad block in L2.
+constexpr int64_t kWgradBytes = 1536 << 10;
+// Of the gradient: what stays in L2 while all channels pass.
+constexpr int64_t kWgradBlockBytes = 1 << 20;
 // Tasks to a thread, so that none idles for long; fewer pixels to a block read the filter too often.
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinPixels = 128;
@@ -124,12 +126,17 @@ SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, 
   plan.terms = terms;
   plan.planes = plan_planes({phase}, problem.w);
   plan.grad_tiles = ceil_div(problem.k_per_group(), kTileRows);
-  plan.panels = ceil_div(problem.c_per_group(), 2 * kTileColumns);
+  const auto position_bytes = [&] { return plan.terms * (1 + plan.copies) * 2 * kTileColumns * 2; };
+  const auto odd_shift = [&](const PlaneTap& tap) { return plan.shift(tap) % 2 != 0; };
+  const std::vector<PlaneTap>& taps = plan.planes.taps.front();
   const int64_t image = (problem.p + plan.planes.span_h) * plan.planes.pitch;
-  const int64_t most_positions = kWgradPositionTerms / terms;
+  int64_t most_positions = kWgradBytes / position_bytes();
   if (problem.n >= kTileDepth / 2 && image * kTileDepth / 2 <= most_positions) {
     plan.inner = std::min<int64_t>(problem.n / (kTileDepth / 2) * (kTileDepth / 2), 2 * kTileDepth);
     while (plan.inner * image > most_positions) plan.inner -= kTileDepth / 2;
+  } else if (std::any_of(taps.begin(), taps.end(), odd_shift)) {
+    (problem.n % 2 == 0 ? plan.inner : plan.copies) = 2;
+    most_positions = kWgradBytes / position_bytes();
   }
   plan.images = plan.inner;
   plan.rows = problem.p;
@@ -137,13 +144,15 @@ SplitWgradPlan plan_split_wgrad(const ConvProblem& problem, const Phase& phase, 
     const int64_t most = std::max<int64_t>(ceil_div(problem.n, plan.inner), 1);
     plan.images = plan.inner * std::clamp(most_positions / (image * plan.inner), int64_t{1}, most);
   } else {
-    const int64_t most = std::max<int64_t>(most_positions / plan.planes.pitch - plan.planes.span_h, 1);
-    plan.rows = ceil_div(problem.p, ceil_div(problem.p, most));
+    const int64_t most = most_positions / (plan.planes.pitch * plan.inner) - plan.planes.span_h;
+    plan.rows = ceil_div(problem.p, ceil_div(problem.p, std::max<int64_t>(most, 1)));
   }
+  const int64_t tile_bytes = plan.positions() * terms * kTileRows * 2;
+  plan.block_tiles = std::max<int64_t>(kWgradBlockBytes / tile_bytes / 2 * 2, 2);
   const double blocks = static_cast<double>(ceil_div(problem.n, plan.images) * ceil_div(problem.p, plan.rows));
   const double steps = static_cast<double>(ceil_div(
       ((plan.images / plan.inner - 1) * plan.height() + plan.rows) * plan.planes.pitch * plan.inner, kTileDepth));
-  const double tiles = static_cast<double>(ceil_div(plan.grad_tiles * problem.taps(), 2) * 2 *
+  const double tiles = static_cast<double>(ceil_div(plan.grad_tiles, 2) * 2 * problem.taps() *
                                            ceil_div(problem.c_per_group(), kTileColumns));
   plan.steps_issued = blocks * steps * tiles * static_cast<double>(problem.groups * split_products(terms));
   return plan;

@@ -21,6 +21,8 @@ constexpr int kTileBytes = 1024;  // of an operand tile
 constexpr int kTileFloats = 256;  // of an accumulator tile
 constexpr int kMaxTerms = 3;
 constexpr int kMaxRowTiles = 4;
+constexpr int kMaxColumnTiles = 3;
+constexpr int kMaxTiles = 6;  // accumulators of a call
 
 // Where a step reads, in bytes: added to the rows of A and to the tiles of B.
 struct SplitStep {
@@ -29,10 +31,11 @@ struct SplitStep {
 
 // out = in + sum over blocks and steps of A * B.
 struct SplitGemmArgs {
-  const char* a[kMaxRowTiles];  // first row of each row tile
-  int64_t a_row;                // bytes from one row of A to the next
-  int64_t a_term;               // bytes from one term of A to the next
-  const char* b;                // [block][step][term][column tile] tiles, each [16 pairs][16 columns][2]
+  const char* a[kMaxRowTiles];     // first row of each row tile
+  int64_t a_row;                   // bytes from one row of A to the next
+  int64_t a_term;                  // bytes from one term of A to the next
+  const char* b[kMaxColumnTiles];  // first tile of each column tile, [16 pairs][16 columns][2]
+  int64_t b_term;                  // bytes from one term of B to the next
   const SplitStep* steps;
   int64_t count;
   int64_t blocks, a_block, b_block;  // the steps are repeated for every block, so many bytes apart
@@ -65,6 +68,7 @@ struct SplitUkernels {
   SplitShape wide;    // 2 x 2
   SplitShape flat;    // 1 x 2, a last row tile
   SplitShape narrow;  // 4 x 1, a last column tile
+  SplitShape broad;   // 2 x 3, for columns that share cache lines: more loads, of fewer bytes
   void (*begin)();    // before and after gemm calls on a thread
   void (*end)();
   // `pixels` rows of `channels` values, `step` elements apart, to rows of `unit` bfloat16 that follow each other, zeros

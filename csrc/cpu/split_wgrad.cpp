@@ -8,62 +8,85 @@ namespace segpose {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPanelColumns = 2 * kTileColumns;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One microkernel call: up to four tiles of (filter tile, tap) against one panel of channels of one plane.
-struct Call {
-  int64_t plane, panel, count;
-  int64_t grad_tile[kMaxRowTiles], tap[kMaxRowTiles];
+// A tile of columns: 16 channels of the plane that a tap reads.
+struct Column {
+  int64_t plane, tap, tile;
 };
 
-// Extents in bytes of the packed operands of a block, for one group.
+// One microkernel call: two filter tiles against two or three columns, or four against one.
+struct Call {
+  int64_t first, filters;
+  int64_t count;
+  Column columns[kMaxColumnTiles];
+};
+
+// Extents in bytes of the packed operands of a block, for one group. Every step of either side is a tile in one piece.
 struct Layout {
-  int64_t positions, lead, grad_row, grad_term, grad_size;
-  int64_t panel, plane, source_size;
+  int64_t grad_tile, grad_term, grad_size;                                   // [term][filter tile][step]
+  int64_t pairs, source_term, source_copy, source_tile, plane, source_size;  // [plane][channel tile][copy][term][pair]
 
   explicit Layout(const Plan& plan) {
     const SplitWgradPlan& split = plan.split_wgrad;
-    positions = split.positions();
-    // Zeros before and after the line: a step reads up to most_shift positions before its own. An odd number of cache
-    // lines keeps the rows of a tile in different sets.
-    lead = round_up(split.most_shift() + kTileDepth, kTileDepth);
-    grad_row = (round_up((lead + positions) * 2, kLine) / kLine | 1) * kLine;
-    grad_term = split.grad_tiles * kTileRows * grad_row;
+    grad_tile = split.positions() / kTileDepth * kTileBytes;
+    grad_term = split.grad_tiles * grad_tile;
     grad_size = split.terms * grad_term;
-    const int64_t tiles = ceil_div(plan.problem.c_per_group(), kTileColumns);
-    panel = positions / kTileDepth * split.terms * 2 * kTileBytes;
-    plane = positions / kTileDepth * split.terms * tiles * kTileBytes;
+    pairs = (split.positions() + split.most_shift()) / 2 + 1;
+    source_term = pairs * kLine;
+    source_copy = split.terms * source_term;
+    source_tile = split.copies * source_copy;
+    plane = ceil_div(plan.problem.c_per_group(), kTileColumns) * source_tile;
     source_size = plane * static_cast<int64_t>(split.planes.residues.size());
   }
 };
 
-int64_t panel_tiles(const Plan& plan, int64_t panel) {
-  return plan.problem.c_per_group() - panel * kPanelColumns > kTileColumns ? 2 : 1;
-}
-
-// Pairs of filter tiles first, then the taps: a pair of gradient tiles stays in L2 for all taps of a plane.
-std::vector<Call> list_calls(const Plan& plan) {
+// The taps of a plane side by side: shifted by little, they read the same lines. Where there is one tap, the channels.
+std::vector<std::vector<Column>> list_columns(const Plan& plan) {
   const SplitWgradPlan& split = plan.split_wgrad;
   const std::vector<PlaneTap>& taps = split.planes.taps.front();
+  const int64_t tiles = ceil_div(plan.problem.c_per_group(), kTileColumns);
+  std::vector<std::vector<Column>> runs;
+  for (int64_t plane = 0; plane < static_cast<int64_t>(split.planes.residues.size()); ++plane) {
+    std::vector<int64_t> own;
+    for (int64_t t = 0; t < static_cast<int64_t>(taps.size()); ++t) {
+      if (taps[static_cast<size_t>(t)].plane == plane) own.push_back(t);
+    }
+    std::sort(own.begin(), own.end(), [&](int64_t a, int64_t b) {
+      return split.shift(taps[static_cast<size_t>(a)]) < split.shift(taps[static_cast<size_t>(b)]);
+    });
+    if (own.size() == 1) {
+      runs.emplace_back();
+      for (int64_t tile = 0; tile < tiles; ++tile) runs.back().push_back({plane, own.front(), tile});
+    } else {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        runs.emplace_back();
+        for (const int64_t tap : own) runs.back().push_back({plane, tap, tile});
+      }
+    }
+  }
+  return runs;
+}
+
+// All columns of a run for one block of filters before the next: what a run reads stays in L2, and so does the block.
+std::vector<Call> list_calls(const Plan& plan) {
+  const SplitWgradPlan& split = plan.split_wgrad;
   std::vector<Call> calls;
-  for (int64_t panel = 0; panel < split.panels; ++panel) {
-    const int64_t most = panel_tiles(plan, panel) == 2 ? 2 : kMaxRowTiles;
-    for (size_t plane = 0; plane < split.planes.residues.size(); ++plane) {
-      const size_t first = calls.size();
-      for (int64_t tile = 0; tile < split.grad_tiles; tile += 2) {
-        for (size_t t = 0; t < taps.size(); ++t) {
-          if (taps[t].plane != static_cast<int64_t>(plane)) continue;
-          for (int64_t k = tile; k < std::min(tile + 2, split.grad_tiles); ++k) {
-            if (calls.size() == first || calls.back().count == most) {
-              calls.push_back({static_cast<int64_t>(plane), panel, 0, {}, {}});
-            }
-            Call& call = calls.back();
-            call.grad_tile[call.count] = k;
-            call.tap[call.count++] = static_cast<int64_t>(t);
+  const std::vector<std::vector<Column>> runs = list_columns(plan);
+  for (int64_t block = 0; block < split.grad_tiles; block += split.block_tiles) {
+    const int64_t end = std::min(block + split.block_tiles, split.grad_tiles);
+    for (const std::vector<Column>& run : runs) {
+      const auto size = static_cast<int64_t>(run.size());
+      const int64_t pieces = ceil_div(size, kMaxColumnTiles);
+      const int64_t most = size == 1 ? kMaxRowTiles : 2;
+      for (int64_t first = block; first < end; first += most) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          Call call{first, std::min(most, end - first), 0, {}};
+          for (int64_t c = size * piece / pieces; c < size * (piece + 1) / pieces; ++c) {
+            call.columns[call.count++] = run[static_cast<size_t>(c)];
           }
+          calls.push_back(call);
         }
       }
     }
@@ -87,12 +110,11 @@ struct Side {
 struct Buffers {
   char* grad;
   char* source;
-  float* sums;  // [call][4][256]
+  float* sums;  // [call][6][256]
   float* grad_rows;
   float* source_rows;
   float* row;    // [worker] one row and its mask
   float* zeros;  // a pixel of padding
-  SplitStep* steps;
 
   Buffers(const WgradPass& pass, size_t calls, int64_t workers, Arena& arena) {
     const Plan& plan = *pass.plan;
@@ -100,7 +122,7 @@ struct Buffers {
     const Layout layout(plan);
     grad = arena.take<char>(layout.grad_size);
     source = arena.take<char>(layout.source_size);
-    sums = arena.take<float>(static_cast<int64_t>(calls) * kMaxRowTiles * kTileFloats);
+    sums = arena.take<float>(static_cast<int64_t>(calls) * kMaxTiles * kTileFloats);
     const TensorView& g = pass.grad.view;
     const TensorView& x = pass.activation.view;
     const int64_t source_rows_count =
@@ -112,7 +134,6 @@ struct Buffers {
                       : arena.take<float>(split.images * source_rows_count * x.w * x.c);
     row = arena.take<float>(workers * std::max(source_row_scratch(pass.grad), source_row_scratch(pass.activation)));
     zeros = arena.take<float>(std::max(g.c, x.c) + kTileColumns);
-    steps = arena.take<SplitStep>(layout.positions / kTileDepth);
   }
 };
 
@@ -168,7 +189,7 @@ struct Place {
   }
 };
 
-// 32 positions of the gradient line: [filter][position].
+// 32 positions of the gradient line: tiles of A, [filter][position].
 void pack_grad(const Plan& plan, const Layout& layout, const Block& block, const Pixels& pixels, const float* zeros,
                int64_t step, char* packed) {
   const SplitWgradPlan& split = plan.split_wgrad;
@@ -182,16 +203,15 @@ void pack_grad(const Plan& plan, const Layout& layout, const Block& block, const
     const bool valid = image < block.images && place.row < block.rows && place.pixel < problem.q;
     rows[i] = valid ? pixels.at(block.first_image + image, block.first_row + place.row, place.pixel) : zeros;
   }
-  char* out = packed + (layout.lead + step * kTileDepth) * 2;
   for (int64_t tile = 0; tile < split.grad_tiles; ++tile) {
     const int64_t filter = tile * kTileRows;
     kernels.transpose_rows(pixels.dtype, rows, block.group * filters + filter,
                            std::min<int64_t>(kTileRows, filters - filter), static_cast<int>(split.terms),
-                           out + filter * layout.grad_row, layout.grad_row, layout.grad_term);
+                           packed + tile * layout.grad_tile + step * kTileBytes, kLine, layout.grad_term);
   }
 }
 
-// 32 positions of one plane of the activation: tiles of B.
+// 32 positions of one plane of the activation: pairs of B.
 void pack_source(const Plan& plan, const Layout& layout, const Block& block, const Pixels& pixels, const float* zeros,
                  int64_t plane, int64_t step, char* packed) {
   const SplitWgradPlan& split = plan.split_wgrad;
@@ -200,9 +220,9 @@ void pack_source(const Plan& plan, const Layout& layout, const Block& block, con
   const SplitUkernels& kernels = *split_ukernels(plan.isa);
   const int64_t channels = problem.c_per_group();
   const Planes::Residue& residue = planes.residues[static_cast<size_t>(plane)];
-  const void* rows[kTileDepth];
+  const void* rows[kTileDepth + 1];
   Place place(split, step * kTileDepth);
-  for (int64_t i = 0; i < kTileDepth; ++i, place.advance(split)) {
+  for (int64_t i = 0; i < kTileDepth + split.copies - 1; ++i, place.advance(split)) {
     const int64_t image = place.image(split);
     const int64_t h = planes.source_h(residue, block.first_row + place.row);
     const int64_t w = planes.source_w(residue, place.pixel);
@@ -210,14 +230,12 @@ void pack_source(const Plan& plan, const Layout& layout, const Block& block, con
                        w >= 0 && w < problem.w;
     rows[i] = valid ? pixels.at(block.first_image + image, h, w) : zeros;
   }
-  char* out = packed + plane * layout.plane;
-  for (int64_t panel = 0; panel < split.panels; ++panel, out += layout.panel) {
-    const int64_t tiles = panel_tiles(plan, panel);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t channel = panel * kPanelColumns + tile * kTileColumns;
-      kernels.pair_rows(pixels.dtype, rows, block.group * channels + channel,
+  char* out = packed + plane * layout.plane + step * kTileBytes;
+  for (int64_t channel = 0; channel < channels; channel += kTileColumns, out += layout.source_tile) {
+    for (int64_t copy = 0; copy < split.copies; ++copy) {
+      kernels.pair_rows(pixels.dtype, rows + copy, block.group * channels + channel,
                         std::min<int64_t>(kTileColumns, channels - channel), static_cast<int>(split.terms),
-                        out + (step * split.terms * tiles + tile) * kTileBytes, tiles * kTileBytes);
+                        out + copy * layout.source_copy, layout.source_term);
     }
   }
 }
@@ -226,7 +244,7 @@ void pack_source(const Plan& plan, const Layout& layout, const Block& block, con
 void pack_block(const Plan& plan, const Layout& layout, const Block& block, const Pixels& grad, const Pixels& source,
                 const Buffers& buffers, const Executor& executor) {
   constexpr int64_t kStepsPerTask = 4;
-  const int64_t steps = layout.positions / kTileDepth;
+  const int64_t steps = plan.split_wgrad.positions() / kTileDepth;
   const int64_t tasks = ceil_div(steps, kStepsPerTask);
   const int64_t planes = static_cast<int64_t>(plan.split_wgrad.planes.residues.size());
   for_each_task(executor, (planes + 1) * tasks, [&](int64_t task, int64_t) {
@@ -242,45 +260,46 @@ void pack_block(const Plan& plan, const Layout& layout, const Block& block, cons
   });
 }
 
+const SplitShape& shape_of(const SplitUkernels& kernels, const Call& call) {
+  if (call.count == 1) return kernels.narrow;
+  if (call.count == 3) return kernels.broad;
+  return call.filters == 1 ? kernels.flat : kernels.wide;
+}
+
 void multiply(const Plan& plan, const Layout& layout, const Block& block, const std::vector<Call>& calls,
               const Buffers& buffers, bool first, const Executor& executor) {
   const SplitWgradPlan& split = plan.split_wgrad;
   const SplitUkernels& kernels = *split_ukernels(plan.isa);
   const std::vector<PlaneTap>& taps = split.planes.taps.front();
-  // Positions of the gradient that are not zero.
+  // Positions up to the last one of the gradient that is not zero.
   const int64_t used =
       (((ceil_div(block.images, split.inner) - 1) * split.height() + block.rows - 1) * split.planes.pitch +
        plan.problem.q) *
       split.inner;
   for_each_task(executor, static_cast<int64_t>(calls.size()), [&](int64_t task, int64_t) {
     const Call& call = calls[static_cast<size_t>(task)];
-    const int64_t tiles = panel_tiles(plan, call.panel);
-    const SplitShape& shape = tiles == 1 ? kernels.narrow : call.count == 1 ? kernels.flat : kernels.wide;
-    int64_t begin = layout.positions;
-    int64_t end = 0;
+    const SplitShape& shape = shape_of(kernels, call);
+    const SplitStep step{0, 0};
     SplitGemmArgs args{};
     for (int t = 0; t < shape.row_tiles; ++t) {
-      const int64_t slot = std::min<int64_t>(t, call.count - 1);
-      const int64_t shift = split.shift(taps[static_cast<size_t>(call.tap[slot])]);
-      args.a[t] = buffers.grad + call.grad_tile[slot] * kTileRows * layout.grad_row + (layout.lead - shift) * 2;
-      begin = std::min(begin, shift / kTileDepth);
-      end = std::max(end, std::min(ceil_div(shift + used, kTileDepth), layout.positions / kTileDepth));
+      args.a[t] = buffers.grad + (call.first + std::min<int64_t>(t, call.filters - 1)) * layout.grad_tile;
     }
-    // The steps of both kinds of panel differ in the size of B only.
-    const int64_t step_bytes = split.terms * tiles * kTileBytes;
-    args.a_row = layout.grad_row;
+    args.a_row = kLine;
     args.a_term = layout.grad_term;
-    args.b = buffers.source + call.plane * layout.plane + call.panel * layout.panel;
-    args.steps = buffers.steps;
+    for (int64_t c = 0; c < call.count; ++c) {
+      const Column& column = call.columns[c];
+      const int64_t shift = split.shift(taps[static_cast<size_t>(column.tap)]);
+      args.b[c] = buffers.source + column.plane * layout.plane + column.tile * layout.source_tile +
+                  shift % split.copies * layout.source_copy + shift / 2 * kLine;
+    }
+    args.b_term = layout.source_term;
+    args.steps = &step;
     args.count = 1;
-    args.blocks = end - begin;
-    args.a_block = kTileDepth * 2;
-    args.b_block = step_bytes;
-    for (int t = 0; t < shape.row_tiles; ++t) args.a[t] += begin * args.a_block;
-    args.b += begin * args.b_block;
-    args.out_row_tile = tiles * kTileFloats;
+    args.blocks = ceil_div(used, kTileDepth);
+    args.a_block = args.b_block = kTileBytes;
+    args.out_row_tile = call.count * kTileFloats;
     args.out_column_tile = kTileFloats;
-    args.out = buffers.sums + task * kMaxRowTiles * kTileFloats;
+    args.out = buffers.sums + task * kMaxTiles * kTileFloats;
     args.in = first ? nullptr : args.out;
     kernels.begin();
     shape.run[split.terms - 1](args);
@@ -294,23 +313,27 @@ void store_sums(const WgradPass& pass, int64_t group, const std::vector<Call>& c
   const Plan& plan = *pass.plan;
   const FilterView& out = pass.destination;
   const std::vector<Tap>& taps = plan.phases.front().taps;
+  const Ukernels<float>& kernels = ukernels<float>(plan.isa);
   const int64_t filters = plan.problem.k_per_group();
   const int64_t channels = plan.problem.c_per_group();
   for_each_task(executor, static_cast<int64_t>(calls.size()), [&](int64_t task, int64_t) {
     const Call& call = calls[static_cast<size_t>(task)];
-    const int64_t tiles = panel_tiles(plan, call.panel);
-    for (int64_t slot = 0; slot < call.count; ++slot) {
-      const Tap& tap = taps[static_cast<size_t>(call.tap[slot])];
-      const int64_t filter = call.grad_tile[slot] * kTileRows;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const float* values = sums + (task * kMaxRowTiles + slot * tiles + tile) * kTileFloats;
-        const int64_t channel = call.panel * kPanelColumns + tile * kTileColumns;
+    for (int64_t slot = 0; slot < call.filters; ++slot) {
+      const int64_t filter = (call.first + slot) * kTileRows;
+      for (int64_t column = 0; column < call.count; ++column) {
+        const float* values = sums + (task * kMaxTiles + slot * call.count + column) * kTileFloats;
+        const Tap& tap = taps[static_cast<size_t>(call.columns[column].tap)];
+        const int64_t channel = call.columns[column].tile * kTileColumns;
+        const int64_t valid = std::min<int64_t>(kTileColumns, channels - channel);
         for (int64_t k = 0; k < std::min<int64_t>(kTileRows, filters - filter); ++k) {
+          const float* row = values + k * kTileColumns;
           const int64_t start = (group * filters + filter + k) * out.stride_k + channel * out.stride_c +
                                 tap.r * out.stride_r + tap.s * out.stride_s;
-          for (int64_t c = 0; c < std::min<int64_t>(kTileColumns, channels - channel); ++c) {
-            store_element(out.data, out.dtype, start + c * out.stride_c, values[k * kTileColumns + c]);
+          if (out.stride_c == 1) {
+            kernels.store_row(out.dtype, row, valid, static_cast<char*>(out.data) + start * dtype_size(out.dtype));
+            continue;
           }
+          for (int64_t c = 0; c < valid; ++c) store_element(out.data, out.dtype, start + c * out.stride_c, row[c]);
         }
       }
     }
@@ -334,9 +357,10 @@ void run_split_wgrad(const WgradPass& pass, void* workspace, const Executor& exe
   Arena arena(workspace);
   const Buffers buffers(pass, calls.size(), executor.workers, arena);
   std::fill_n(buffers.zeros, std::max(pass.grad.view.c, pass.activation.view.c) + kTileColumns, 0.0f);
-  buffers.steps[0] = {0, 0};
-  for (int64_t row = 0; row < split.terms * split.grad_tiles * kTileRows; ++row) {
-    std::memset(buffers.grad + row * layout.grad_row, 0, static_cast<size_t>(layout.lead * 2));
+  // A shift reads past the positions, where the gradient ends in zeros; what it reads must be finite.
+  const int64_t packed = split.positions() / kTileDepth * kTileBytes;
+  for (int64_t line = 0; line < layout.source_size; line += layout.source_term) {
+    std::memset(buffers.source + line + packed, 0, static_cast<size_t>(layout.source_term - packed));
   }
   const Planes& planes = split.planes;
   for (int64_t group = 0; group < problem.groups; ++group) {

@@ -158,15 +158,17 @@ void multiply_split(const Plan& plan, const TransformFilter& layout, const Block
   args.count = 1;
   args.blocks = e.depth_blocks;
   args.a_block = e.v_line;
+  args.b_term = 2 * kTileBytes;
   args.b_block = transform.terms * 2 * kTileBytes;
   args.out_row_tile = kTileFloats;
   args.out_column_tile = e.p_line / 4;
   for (int64_t f = 0; f < transform.frequencies; ++f) {
     const char* v = input + f * e.v_frequency;
     for (int64_t p = block.panel_begin; p < block.panel_end; ++p) {
-      args.b = filter + f * layout.frequency + p * layout.panel;
+      args.b[0] = filter + f * layout.frequency + p * layout.panel;
+      args.b[1] = args.b[0] + kTileBytes;
       const bool last = p + 1 == block.panel_end;
-      args.next = args.b + (last ? layout.frequency - (p - block.panel_begin) * layout.panel : layout.panel);
+      args.next = args.b[0] + (last ? layout.frequency - (p - block.panel_begin) * layout.panel : layout.panel);
       if (last && f + 1 == transform.frequencies) args.next = nullptr;
       float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + (p - block.panel_begin) * 2 * e.p_line);
       for (int64_t t = 0; t < block.count; t += 2 * kTileRows) {

@@ -48,6 +48,7 @@ class WorkspacePool {
   // One that so many calls had no use for is given back: a training step peaks long after its largest layer.
   static constexpr int64_t kIdleCalls = 8;
   static constexpr int64_t kMostSpare = 4;
+  static constexpr int64_t kMappedBytes = int64_t{32} << 20;
   static constexpr int64_t kSmallBytes = int64_t{1} << 20;
 
   // Never destroyed: tensors must not be freed after torch's own statics.
@@ -102,6 +103,27 @@ class WorkspacePool {
   std::vector<Kept> free_;
   int64_t calls_ = 0;
 };
+
+// A result of channels_last or contiguous strides. One that malloc would map afresh for each call takes memory of the
+// pool, and gives it back when its storage dies.
+inline torch::stable::Tensor allocate_result(const std::vector<int64_t>& shape, const torch::stable::Tensor& like,
+                                             bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  const auto dtype = like.scalar_type();
+  int64_t bytes = static_cast<int64_t>(like.element_size());
+  for (const int64_t size : shape) bytes *= size;
+  if (bytes < WorkspacePool::kMappedBytes) {
+    return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  torch::stable::Tensor memory = WorkspacePool::instance().acquire(bytes, like.device());
+  const int64_t c = shape[1], h = shape[2], w = shape[3];
+  const std::vector<int64_t> strides =
+      channels_last ? std::vector<int64_t>{h * w * c, 1, w * c, c} : std::vector<int64_t>{c * h * w, h * w, w, 1};
+  void* data = memory.data_ptr();
+  return torch::stable::from_blob(data, shape, strides, like.device(), dtype,
+                                  [memory](void*) { WorkspacePool::instance().release(memory); });
+}
 
 // A buffer of the pool for as long as this object lives. Concurrent calls each hold their own.
 class Workspace {
