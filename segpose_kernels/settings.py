@@ -87,7 +87,8 @@ def release_workspace() -> int:
     """Frees the scratch memory that is kept between calls; returns its bytes.
 
     The CPU kernels keep at most one buffer of up to 256 MiB for every call that ran at the same
-    time; a model under `optimize(mode="inference")` keeps up to 256 MiB for its activations.
+    time; a model under `optimize(mode="inference")` keeps up to 256 MiB for its activations, and
+    all of them together up to 256 MiB of results that nobody holds any more, of 32 MiB or larger.
     """
     freed = sum(workspace.release() for workspace in list(_workspaces))
     return freed + (int(torch.ops.segpose.release_workspace()) if LIBRARY.loaded else 0)

@@ -30,8 +30,6 @@ std::string set_precision(const std::string& name) {
   return previous < 0 ? "default" : precision_name(static_cast<Precision>(previous));
 }
 
-int64_t release_workspace() { return WorkspacePool::instance().clear(); }
-
 bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
 
 Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
@@ -252,5 +250,4 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("set_precision", TORCH_BOX(&segpose::set_precision));
   m.impl("set_algorithm", TORCH_BOX(&segpose::set_algorithm));
-  m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));
 }
