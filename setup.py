@@ -93,6 +93,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/passes.cpp",
     "csrc/cpu/pool.cpp",
     "csrc/cpu/prepared.cpp",
+    "csrc/cpu/results.cpp",
     "csrc/cpu/rows_conv.cpp",
     "csrc/cpu/split_conv.cpp",
     "csrc/cpu/split_pack.cpp",

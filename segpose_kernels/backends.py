@@ -61,6 +61,7 @@ _CPU_SCHEMAS = {
     ),
     "to_contiguous": "(Tensor input) -> Tensor",
     "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
+    "allocate_result": "(Tensor like, int[] shape) -> Tensor",
     "settings_key": "() -> int",
 }
 

@@ -86,8 +86,9 @@ def keep_workspace(workspace: Workspace) -> None:
 def release_workspace() -> int:
     """Frees the scratch memory that is kept between calls; returns its bytes.
 
-    The CPU kernels keep at most one buffer of up to 256 MiB for every call that ran at the same
-    time; a model under `optimize(mode="inference")` keeps up to 256 MiB for its activations.
+    The CPU kernels keep up to 256 MiB of scratch memory, and of results of 32 MiB or larger that
+    nobody holds any more; a model under `optimize(mode="inference")` keeps up to 256 MiB for its
+    activations.
     """
     freed = sum(workspace.release() for workspace in list(_workspaces))
     return freed + (int(torch.ops.segpose.release_workspace()) if LIBRARY.loaded else 0)

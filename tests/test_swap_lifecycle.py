@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import swap_models as zoo
@@ -116,6 +117,20 @@ def test_memory_format_auto() -> None:
     assert model.conv2.weight is weight
     assert weight.is_contiguous()
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_memory_format_of_one_pixel(mode: Any, batch: int) -> None:
+    """Both formats fit: the strides tell, and results have the format that torch gives them."""
+    plain = nn.Sequential(nn.ConvTranspose2d(6, 4, 3), nn.ReLU()).eval()
+    model, _ = optimize(copy.deepcopy(plain), mode=mode, memory_format=torch.channels_last)
+    x = torch.randn(batch, 6, 1, 1)
+    for strides in ((6, 1, 1, 1), (6, 1, 6, 6)):
+        image = x.as_strided(x.shape, strides)
+        with torch.no_grad():
+            for _ in range(2):
+                assert model(image).stride() == plain(image).stride()
 
 
 def test_memory_format_stays_where_strides_matter() -> None:

@@ -9,14 +9,13 @@
 #include <tuple>
 
 #include "passes.h"
+#include "results.h"
 #include "settings.h"
 #include "torch_views.h"
 #include "workspace.h"
 
 namespace segpose {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 std::string set_algorithm(const std::string& name) {
   const std::optional<Algorithm> algorithm = parse_algorithm(name);
@@ -30,13 +29,7 @@ std::string set_precision(const std::string& name) {
   return previous < 0 ? "default" : precision_name(static_cast<Precision>(previous));
 }
 
-int64_t release_workspace() { return WorkspacePool::instance().clear(); }
-
 bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
-
-Tensor allocate(const Ints& shape, const Tensor& like, bool channels_last) {
-  return allocate_result(shape, like, channels_last);
-}
 
 char* advance(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * dtype_size(dtype);
@@ -106,7 +99,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   const Ints shape = shape_of(problem, attributes.transposed);
   check_bias(bias, input, shape[1]);
   const Epilogue epilogue = epilogue_from_slope(negative_slope);
-  Tensor output = allocate(shape, input, suggests_channels_last(input) || suggests_channels_last(weight));
+  Tensor output = allocate_result(input, shape, suggests_channels_last(input) || suggests_channels_last(weight));
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
@@ -176,8 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     check_same_shape(*output, "output", input, shape);
   }
   const Ints none{0};
-  Tensor grad_input = need_input ? allocate(shape_of(problem, !attributes.transposed), input,
-                                            suggests_channels_last(input) || suggests_channels_last(weight))
+  Tensor grad_input = need_input ? allocate_result(input, shape_of(problem, !attributes.transposed),
+                                                   suggests_channels_last(input) || suggests_channels_last(weight))
                                  : torch::stable::new_empty(input, none);
   Tensor grad_weight = need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, none);
   OptionalTensor grad_bias;
@@ -251,5 +244,4 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("set_precision", TORCH_BOX(&segpose::set_precision));
   m.impl("set_algorithm", TORCH_BOX(&segpose::set_algorithm));
-  m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));
 }

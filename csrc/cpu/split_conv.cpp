@@ -53,7 +53,7 @@ struct Scratch {
   TileGroup* groups;
   SplitStep* steps;  // lists of the groups
   float* sums;       // [tile][column tile] accumulators between chunks
-  float* result;     // of one call
+  float* result;     // of two calls: one is written out while the next one's products run
   float* rows;       // finished rows on their way to another layout
 
   Scratch(const Plan& plan, const MaskedSource& source, Arena& arena) {
@@ -65,7 +65,7 @@ struct Scratch {
     groups = arena.take<TileGroup>(count);
     steps = arena.take<SplitStep>(count * most_steps(plan));
     sums = split.chunk_blocks < split.channel_blocks ? arena.take<float>(count * 2 * kTileFloats) : nullptr;
-    result = arena.take<float>(kMaxRowTiles * kTileFloats);
+    result = arena.take<float>(2 * kMaxRowTiles * kTileFloats);
     rows = arena.take<float>(kTileRows * kPanelColumns);
   }
 };
@@ -238,6 +238,14 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
     const bool last = chunk + split.chunk_blocks >= split.channel_blocks;
     args.blocks = std::min(split.chunk_blocks, split.channel_blocks - chunk);
     for (int64_t t = 0; t < tiles; ++t) args.b[t] = filter + chunk * args.b_block + t * kTileBytes;
+    const auto store_group = [&](int64_t g) {
+      const TileGroup& group = scratch.groups[g];
+      const float* result = scratch.result + g % 2 * kMaxRowTiles * kTileFloats;
+      for (int64_t t = 0; t < group.count; ++t) {
+        store_tile(launch, scratch.tiles[group.first + t], result + t * tiles * kTileFloats, channel, columns, bias,
+                   scratch);
+      }
+    };
     for (int64_t g = 0; g < groups; ++g) {
       const TileGroup& group = scratch.groups[g];
       const SplitShape& shape = tiles == 1 ? kernels.narrow : group.count == 1 ? kernels.flat : kernels.wide;
@@ -249,13 +257,11 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
       args.count = group.steps;
       float* sums = scratch.sums == nullptr ? nullptr : scratch.sums + group.first * tiles * kTileFloats;
       args.in = chunk > 0 ? sums : nullptr;
-      args.out = last ? scratch.result : sums;
+      args.out = last ? scratch.result + g % 2 * kMaxRowTiles * kTileFloats : sums;
       shape.run[split.terms - 1](args);
-      for (int64_t t = 0; last && t < group.count; ++t) {
-        store_tile(launch, scratch.tiles[group.first + t], args.out + t * tiles * kTileFloats, channel, columns, bias,
-                   scratch);
-      }
+      if (last && g > 0) store_group(g - 1);
     }
+    if (last && groups > 0) store_group(groups - 1);
   }
 }
 

@@ -293,63 +293,7 @@ void gather_matrix(DType dtype, const void* source, int64_t offset, int64_t row_
   }
 }
 
-// torch's edges: relu(NaN) = NaN and relu(-inf) = 0, so ReLU selects instead of multiplying.
-template <Activation Act>
-SEGPOSE_INLINE __m512 activate(__m512 value, __m512 slope) {
-  const __m512 zero = _mm512_setzero_ps();
-  if constexpr (Act == Activation::relu) {
-    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ), zero);
-  } else if constexpr (Act == Activation::leaky_relu) {
-    return _mm512_mask_mul_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_NGT_UQ), value, slope);
-  }
-  return value;
-}
-
-template <DType Type>
-SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 value, bool stream) {
-  if constexpr (Type == DType::float32) {
-    float* out = static_cast<float*>(data) + index;
-    if (stream) {
-      _mm512_stream_ps(out, value);
-    } else {
-      _mm512_mask_storeu_ps(out, mask, value);
-    }
-  } else if constexpr (Type == DType::bfloat16) {
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
-                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-  } else {
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
-                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-}
-
-template <DType Type, Activation Act>
-void store_rows(const SplitStoreArgs& args) {
-  const __m512 slope = _mm512_set1_ps(args.negative_slope);
-  for (int64_t c = 0; c < args.columns; c += kTileColumns) {
-    const __mmask16 mask = first_lanes(args.columns - c);
-    const __m512 bias = args.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(args.bias + c);
-    const float* tile = args.tiles + c / kTileColumns * kTileFloats;
-    for (int i = 0; i < kTileRows; ++i) {
-      if (args.offsets[i] < 0) continue;
-      const __m512 value = _mm512_add_ps(_mm512_loadu_ps(tile + i * 16), bias);
-      store16<Type>(args.data, args.offsets[i] + c, mask, activate<Act>(value, slope), args.stream);
-    }
-  }
-}
-
-template <DType Type>
-void store_activated(const SplitStoreArgs& args) {
-  if (args.activation == Activation::leaky_relu) return store_rows<Type, Activation::leaky_relu>(args);
-  if (args.activation == Activation::relu) return store_rows<Type, Activation::relu>(args);
-  store_rows<Type, Activation::none>(args);
-}
-
-void store(const SplitStoreArgs& args) {
-  if (args.dtype == DType::float32) return store_activated<DType::float32>(args);
-  if (args.dtype == DType::bfloat16) return store_activated<DType::bfloat16>(args);
-  store_activated<DType::float16>(args);
-}
+#include "split_store-inl.h"
 
 constexpr SplitUkernels kTable = {{2, 2, {gemm_2x2<1>, gemm_2x2<2>, gemm_2x2<3>}},
                                   {1, 2, {gemm_1x2<1>, gemm_1x2<2>, gemm_1x2<3>}},

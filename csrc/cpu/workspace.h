@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Scratch memory from torch's allocator, kept between calls: fresh pages would be zeroed by the system on every call,
-// which costs more than many a layer.
+// Memory from torch's allocator, kept between calls: fresh pages would be zeroed by the system on every call, which
+// costs more than many a layer.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -43,13 +43,10 @@ inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::
 
 class WorkspacePool {
  public:
-  // Larger buffers are given back at once.
+  // Of all buffers that wait; larger ones are given back at once.
   static constexpr int64_t kRetainedBytes = int64_t{256} << 20;
   // One that so many calls had no use for is given back: a training step peaks long after its largest layer.
   static constexpr int64_t kIdleCalls = 8;
-  static constexpr int64_t kMostSpare = 4;
-  static constexpr int64_t kMappedBytes = int64_t{32} << 20;
-  static constexpr int64_t kSmallBytes = int64_t{1} << 20;
 
   // Never destroyed: tensors must not be freed after torch's own statics.
   static WorkspacePool& instance() {
@@ -57,7 +54,8 @@ class WorkspacePool {
     return *pool;
   }
 
-  torch::stable::Tensor acquire(int64_t bytes, const torch::stable::Device& device) {
+  // A buffer of at least so many bytes, and at most `most`.
+  torch::stable::Tensor acquire(int64_t bytes, int64_t most, const torch::stable::Device& device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++calls_;
     free_.erase(
@@ -67,7 +65,7 @@ class WorkspacePool {
     // largest that is too small.
     const auto fit =
         std::find_if(free_.begin(), free_.end(), [&](const Kept& kept) { return kept.tensor.numel() >= bytes; });
-    if (fit != free_.end() && fit->tensor.numel() <= std::max(kMostSpare * bytes, kSmallBytes)) {
+    if (fit != free_.end() && fit->tensor.numel() <= most) {
       torch::stable::Tensor tensor = fit->tensor;
       free_.erase(fit);
       return tensor;
@@ -76,9 +74,18 @@ class WorkspacePool {
     return allocate_bytes(bytes, device);
   }
 
+  // Those that have waited longest make room.
   void release(torch::stable::Tensor tensor) {
     if (tensor.numel() > kRetainedBytes) return;
     const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t kept = tensor.numel();
+    for (const Kept& other : free_) kept += other.tensor.numel();
+    while (kept > kRetainedBytes) {
+      const auto oldest =
+          std::min_element(free_.begin(), free_.end(), [](const Kept& a, const Kept& b) { return a.used < b.used; });
+      kept -= oldest->tensor.numel();
+      free_.erase(oldest);
+    }
     const auto place = std::find_if(free_.begin(), free_.end(),
                                     [&](const Kept& other) { return other.tensor.numel() > tensor.numel(); });
     free_.insert(place, Kept{std::move(tensor), calls_});
@@ -104,32 +111,14 @@ class WorkspacePool {
   int64_t calls_ = 0;
 };
 
-// A result of channels_last or contiguous strides. One that malloc would map afresh for each call takes memory of the
-// pool, and gives it back when its storage dies.
-inline torch::stable::Tensor allocate_result(const std::vector<int64_t>& shape, const torch::stable::Tensor& like,
-                                             bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  const auto dtype = like.scalar_type();
-  int64_t bytes = static_cast<int64_t>(like.element_size());
-  for (const int64_t size : shape) bytes *= size;
-  if (bytes < WorkspacePool::kMappedBytes) {
-    return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt,
-                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
-  torch::stable::Tensor memory = WorkspacePool::instance().acquire(bytes, like.device());
-  const int64_t c = shape[1], h = shape[2], w = shape[3];
-  const std::vector<int64_t> strides =
-      channels_last ? std::vector<int64_t>{h * w * c, 1, w * c, c} : std::vector<int64_t>{c * h * w, h * w, w, 1};
-  void* data = memory.data_ptr();
-  return torch::stable::from_blob(data, shape, strides, like.device(), dtype,
-                                  [memory](void*) { WorkspacePool::instance().release(memory); });
-}
-
 // A buffer of the pool for as long as this object lives. Concurrent calls each hold their own.
 class Workspace {
  public:
+  static constexpr int64_t kMostSpare = 4;
+  static constexpr int64_t kSmallBytes = int64_t{1} << 20;
+
   Workspace(int64_t bytes, const torch::stable::Tensor& like)
-      : tensor_(WorkspacePool::instance().acquire(bytes, like.device())) {}
+      : tensor_(WorkspacePool::instance().acquire(bytes, std::max(kMostSpare * bytes, kSmallBytes), like.device())) {}
   ~Workspace() { WorkspacePool::instance().release(std::move(tensor_)); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;

@@ -5,7 +5,8 @@ A `Blueprint` belongs to one signature of inputs, whose shapes a first run has s
 pools and concatenations of channels write into memory that is given to them: NHWC, with the inputs
 of a concatenation inside its result. Values that only such steps see share one arena, which is kept
 between runs: memory from the system would be zeroed anew each time. What the caller or other code
-sees is allocated in every run. A `Frame` is one arena with its views; a run has a frame to itself.
+sees is allocated in every run, large results from blocks that nobody holds any more. A `Frame` is
+one arena with its views; a run has a frame to itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .pieces import tensors_of
 from .steps import CatStep, ConvStep, PoolStep, Step, Steps, fill
 
 _ALIGNMENT = 64
+# Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
+_LARGE = 32 << 20
 
 Shape = tuple[int, ...]
 
@@ -255,6 +258,11 @@ class Frame:
             like = torch.empty(0, dtype=torch.uint8)
             self.arena = torch.ops.segpose.allocate_workspace(like, blueprint.arena_bytes)
             self.fixed = self._views()
+        self.like = {
+            seen.dtype: torch.empty(0, dtype=seen.dtype)
+            for code in blueprint.code
+            for _, seen in code.new
+        }
         self.forms: list[weakref.ref[Form]] = []
         self.handles: list[int] = []
 
@@ -272,6 +280,12 @@ class Frame:
             if whole is not None:
                 views[index] = whole.narrow(1, first, blueprint._seen(index).shape[1])
         return views
+
+    def _allocate(self, seen: Seen) -> Tensor:
+        if seen.bytes < _LARGE:
+            return torch.empty(seen.shape, dtype=seen.dtype, memory_format=torch.channels_last)
+        result: Tensor = torch.ops.segpose.allocate_result(self.like[seen.dtype], seen.shape)
+        return result
 
     def refresh(self) -> list[Form]:
         """The layers' forms as the weights are now; what is returned keeps them alive."""
@@ -309,9 +323,7 @@ class Frame:
         for position, code in enumerate(blueprint.code):
             step = steps.steps[position]
             for index, seen in code.new:
-                values[index] = torch.empty(
-                    seen.shape, dtype=seen.dtype, memory_format=torch.channels_last
-                )
+                values[index] = self._allocate(seen)
             for index, root, first, channels in code.slices:
                 values[index] = values[root].narrow(1, first, channels)
             if code.kind == "conv":

@@ -121,9 +121,10 @@ def _is_contiguous(image: Tensor) -> bool:
     """Not in channels_last, as torch tells the two apart where both fit: by the strides."""
     if not image.is_contiguous():
         return False
-    return not (
-        image.shape[1] == 1 and image.stride(1) == 1 and image.shape[2] * image.shape[3] > 1
-    )
+    channels, pixels = image.shape[1], image.shape[2] * image.shape[3]
+    if channels > 1 and pixels == 1:
+        return not image.stride(0) >= image.stride(2) >= image.stride(3) >= channels
+    return not (channels == 1 and image.stride(1) == 1 and pixels > 1)
 
 
 def _contiguous(value: Any) -> Any:

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Accumulators on their way to the destination: bias, activation, dtype. Text of ukernels_amx.cpp, inside of its
+// namespace.
+
+// torch's edges: relu(NaN) = NaN and relu(-inf) = 0, so ReLU selects instead of multiplying.
+template <Activation Act>
+SEGPOSE_INLINE __m512 activate(__m512 value, __m512 slope) {
+  const __m512 zero = _mm512_setzero_ps();
+  if constexpr (Act == Activation::relu) {
+    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ), zero);
+  } else if constexpr (Act == Activation::leaky_relu) {
+    return _mm512_mask_mul_ps(value, _mm512_cmp_ps_mask(value, zero, _CMP_NGT_UQ), value, slope);
+  }
+  return value;
+}
+
+template <DType Type>
+SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 value, bool stream) {
+  if constexpr (Type == DType::float32) {
+    float* out = static_cast<float*>(data) + index;
+    if (stream) {
+      _mm512_stream_ps(out, value);
+    } else {
+      _mm512_mask_storeu_ps(out, mask, value);
+    }
+  } else if constexpr (Type == DType::bfloat16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
+                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+  } else {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
+                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+// Two column tiles: both halves of a pixel's 32 channels follow each other.
+template <DType Type, Activation Act>
+void store_wide_rows(const SplitStoreArgs& args) {
+  const __m512 slope = _mm512_set1_ps(args.negative_slope);
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 bias_low = args.bias == nullptr ? zero : _mm512_loadu_ps(args.bias);
+  const __m512 bias_high = args.bias == nullptr ? zero : _mm512_loadu_ps(args.bias + kTileColumns);
+  for (int i = 0; i < kTileRows; ++i) {
+    const int64_t offset = args.offsets[i];
+    if (offset < 0) continue;
+    const float* tile = args.tiles + i * kTileColumns;
+    const __m512 low = activate<Act>(_mm512_add_ps(_mm512_loadu_ps(tile), bias_low), slope);
+    const __m512 high = activate<Act>(_mm512_add_ps(_mm512_loadu_ps(tile + kTileFloats), bias_high), slope);
+    if constexpr (Type == DType::bfloat16) {
+      _mm512_storeu_si512(static_cast<uint16_t*>(args.data) + offset,
+                          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    } else {
+      store16<Type>(args.data, offset, 0xffff, low, args.stream);
+      store16<Type>(args.data, offset + kTileColumns, 0xffff, high, args.stream);
+    }
+  }
+}
+
+template <DType Type, Activation Act>
+void store_rows(const SplitStoreArgs& args) {
+  if (args.columns == 2 * kTileColumns) return store_wide_rows<Type, Act>(args);
+  const __m512 slope = _mm512_set1_ps(args.negative_slope);
+  for (int64_t c = 0; c < args.columns; c += kTileColumns) {
+    const __mmask16 mask = first_lanes(args.columns - c);
+    const __m512 bias = args.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(args.bias + c);
+    const float* tile = args.tiles + c / kTileColumns * kTileFloats;
+    for (int i = 0; i < kTileRows; ++i) {
+      if (args.offsets[i] < 0) continue;
+      const __m512 value = _mm512_add_ps(_mm512_loadu_ps(tile + i * 16), bias);
+      store16<Type>(args.data, args.offsets[i] + c, mask, activate<Act>(value, slope), args.stream);
+    }
+  }
+}
+
+template <DType Type>
+void store_activated(const SplitStoreArgs& args) {
+  if (args.activation == Activation::leaky_relu) return store_rows<Type, Activation::leaky_relu>(args);
+  if (args.activation == Activation::relu) return store_rows<Type, Activation::relu>(args);
+  store_rows<Type, Activation::none>(args);
+}
+
+void store(const SplitStoreArgs& args) {
+  if (args.dtype == DType::float32) return store_activated<DType::float32>(args);
+  if (args.dtype == DType::bfloat16) return store_activated<DType::bfloat16>(args);
+  store_activated<DType::float16>(args);
+}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Large results lie in memory that is used again, but only once nobody holds it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segpose_kernels.backends import LIBRARY
+from segpose_kernels.settings import release_workspace
+from segpose_kernels.swap import optimize
+
+pytestmark = pytest.mark.skipif(not LIBRARY.loaded, reason="needs the C++ library")
+
+MIB = 2**20
+LEAST = 32 * MIB
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    gc.collect()
+    release_workspace()
+    yield
+    gc.collect()
+    release_workspace()
+
+
+def layer() -> tuple[nn.Module, Tensor]:
+    """One whose result takes exactly `LEAST` bytes."""
+    module, _ = optimize(nn.Sequential(nn.Conv2d(2, 32, 1), nn.ReLU()).eval(), mode="inference")
+    x = torch.randn(1, 2, 512, 512).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        module(x)  # the first run shows the shapes
+    return module, x
+
+
+def expected(module: nn.Module, x: Tensor) -> Tensor:
+    conv = module[0]  # type: ignore[index]
+    result = torch.einsum("oc,nchw->nohw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
+    return result.relu()
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_memory_is_used_again(inference_mode: bool) -> None:
+    module, x = layer()
+    with torch.inference_mode(inference_mode), torch.no_grad():
+        y = module(x)
+        assert y.nbytes == LEAST
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        place = y.data_ptr()
+        del y
+        other = torch.randn_like(x)
+        y = module(other)
+        assert y.data_ptr() == place
+        torch.testing.assert_close(y, expected(module, other))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda y: y,
+        lambda y: y[:, :1],
+        lambda y: y.detach(),
+        lambda y: y.numpy(),
+        lambda y: torch.from_dlpack(y),
+        lambda y: y.untyped_storage(),
+    ],
+    ids=["itself", "view", "detached", "numpy", "dlpack", "storage"],
+)
+def test_what_is_held_is_not_written(hold: object) -> None:
+    module, x = layer()
+    with torch.no_grad():
+        y = module(x)
+        place = y.data_ptr()
+        held = hold(y)  # type: ignore[operator]
+        del y
+        later = [module(torch.randn_like(x)) for _ in range(3)]
+        assert all(z.data_ptr() != place for z in later)
+        assert len({z.data_ptr() for z in later}) == 3
+        if isinstance(held, torch.UntypedStorage):
+            held = torch.empty(0).set_(held).view(1, 512, 512, 32).permute(0, 3, 1, 2)
+        values = torch.as_tensor(held)
+        torch.testing.assert_close(values, expected(module, x)[:, : values.shape[1]])
+
+
+def test_what_is_kept_is_bounded_and_released() -> None:
+    module, x = layer()
+    with torch.no_grad():
+        results = [module(x) for _ in range(10)]
+        release_workspace()
+        results.clear()
+        assert 7 * LEAST <= release_workspace() <= 8 * LEAST
+        assert release_workspace() == 0
+
+
+def test_smaller_results_are_ordinary() -> None:
+    module, x = layer()
+    with torch.no_grad():
+        part = x[:, :, :256]
+        module(part)
+        y = module(part)
+        release_workspace()
+        del y
+        assert release_workspace() == 0
