@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace segpose {
 
@@ -14,8 +15,9 @@ struct Executor {
   void (*run)(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
 };
 
-// Runs fn(task, worker) for every task; workers take the next task when they are free. Which worker runs a task must
-// not influence its result: that keeps every result independent of the number of threads.
+// Runs fn(task, worker) for every task. A worker begins with a range of its own, the same in every layer, so that it
+// finds in its cache what it wrote before; then it helps the others. Which worker runs a task must not influence its
+// result: that keeps every result independent of the number of threads.
 template <class Fn>
 void for_each_task(const Executor& executor, int64_t tasks, const Fn& fn) {
   if (tasks <= 0) return;
@@ -23,18 +25,30 @@ void for_each_task(const Executor& executor, int64_t tasks, const Fn& fn) {
     for (int64_t task = 0; task < tasks; ++task) fn(task, int64_t{0});
     return;
   }
-  struct Context {
+  struct alignas(64) Range {
     std::atomic<int64_t> next{0};
-    int64_t tasks;
+    int64_t end = 0;
+  };
+  struct Context {
+    int64_t workers;
+    std::unique_ptr<Range[]> ranges;
     const Fn* fn;
   } context;
-  context.tasks = tasks;
+  context.workers = executor.workers < tasks ? executor.workers : tasks;
+  context.ranges = std::make_unique<Range[]>(static_cast<size_t>(context.workers));
+  for (int64_t worker = 0; worker < context.workers; ++worker) {
+    context.ranges[worker].next = tasks * worker / context.workers;
+    context.ranges[worker].end = tasks * (worker + 1) / context.workers;
+  }
   context.fn = &fn;
   executor.run(
-      executor.workers < tasks ? executor.workers : tasks,
+      context.workers,
       [](void* opaque, int64_t worker) {
         auto* shared = static_cast<Context*>(opaque);
-        for (int64_t task = shared->next++; task < shared->tasks; task = shared->next++) (*shared->fn)(task, worker);
+        for (int64_t i = 0; i < shared->workers; ++i) {
+          Range& range = shared->ranges[(worker + i) % shared->workers];
+          for (int64_t task = range.next++; task < range.end; task = range.next++) (*shared->fn)(task, worker);
+        }
       },
       &context);
 }
