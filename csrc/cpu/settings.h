@@ -47,12 +47,10 @@ inline Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight
   return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
 }
 
-// Differs where plans may differ.
+// Differs where plans may differ, but for torch's switches.
 inline int64_t settings_key() {
-  const int chosen = chosen_precision;
-  const int precision = chosen >= 0 ? chosen : static_cast<int>(torch_precision());
   return (static_cast<int64_t>(torch::stable::get_num_threads()) << 16) | ((forced_algorithm.load() + 1) << 8) |
-         precision;
+         (chosen_precision.load() + 1);
 }
 
 }  // namespace segpose

@@ -27,6 +27,7 @@ from .eligible import Fused
 SHAPES_A_LAYER = 8
 
 Shape = tuple[int, ...]
+Settings = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Form:
         handle: int,
         weight: Tensor,
         bias: Tensor | None,
-        settings: int,
+        settings: Settings,
         input_shape: Shape,
         output_shape: Shape,
     ) -> None:
@@ -83,7 +84,7 @@ class Form:
         self.input_shape = input_shape
         self.output_shape = output_shape
 
-    def matches(self, weight: Tensor, bias: Tensor | None, settings: int) -> bool:
+    def matches(self, weight: Tensor, bias: Tensor | None, settings: Settings) -> bool:
         """By what Python sees; `first_stale` looks at the memory."""
         return (
             self.weight is weight
@@ -146,7 +147,7 @@ class FilterCache:
 
         None for a shape that gives no output, which the operator's own checks report.
         """
-        settings = settings_key()
+        settings = settings_key(weight.dtype)
         key = shape, geometry, slope
         forms = self._layers.get(layer)
         form = forms.get(key) if forms is not None else None
@@ -162,7 +163,7 @@ class FilterCache:
             return self._prepare(layer, weight, bias, key, settings)
 
     def _prepare(
-        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, settings: int
+        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, settings: Settings
     ) -> Form:
         held = self._layers.setdefault(layer, {})
         # A new table: other threads read the old one without the lock.
@@ -184,7 +185,12 @@ class FilterCache:
         return form
 
     def _new_form(
-        self, weight: Tensor, bias: Tensor | None, key: Any, settings: int, forms: dict[Any, Form]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        key: Any,
+        settings: Settings,
+        forms: dict[Any, Form],
     ) -> Form:
         shape, geometry, slope = key
         room = max(self.max_bytes - self._bytes(), 0)
@@ -227,9 +233,10 @@ def output_shape(weight: Tensor, shape: Shape, geometry: Geometry) -> Shape:
     return shape[0], channels, *extents
 
 
-def settings_key() -> int:
+def settings_key(dtype: torch.dtype) -> Settings:
     """Differs where the kernels may choose other algorithms: threads, precision, tests' choices."""
-    return int(torch.ops.segpose.settings_key())
+    precision = backends.cpu_float32_precision() if dtype == torch.float32 else ""
+    return int(torch.ops.segpose.settings_key()), precision
 
 
 def first_stale(handles: Sequence[int]) -> int:

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from ..checks import NATIVE_DTYPES
-from .filters import FilterCache, Form, Geometry, first_stale, geometry_of, settings_key, slope_of
+from .filters import (
+    FilterCache,
+    Form,
+    Geometry,
+    Settings,
+    first_stale,
+    geometry_of,
+    settings_key,
+    slope_of,
+)
 from .pieces import tensors_of
 from .steps import CatStep, ConvStep, PoolStep, Step, Steps, fill
 
@@ -289,12 +298,16 @@ class Frame:
 
     def refresh(self) -> list[Form]:
         """The layers' forms as the weights are now; what is returned keeps them alive."""
-        settings = settings_key()
+        settings: dict[torch.dtype, Settings] = {}
         held = [form() for form in self.forms]
         layers = self.blueprint.layers
         current = len(held) == len(layers)
         for form, layer in zip(held, layers, strict=False):
-            if form is None or not form.matches(*tensors_of(layer.conv), settings):
+            weight, bias = tensors_of(layer.conv)
+            key = settings.get(weight.dtype)
+            if key is None:
+                key = settings[weight.dtype] = settings_key(weight.dtype)
+            if form is None or not form.matches(weight, bias, key):
                 current = False
                 break
         if current and first_stale(self.handles) < 0:
