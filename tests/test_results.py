@@ -106,3 +106,11 @@ def test_smaller_results_are_ordinary() -> None:
         release_workspace()
         del y
         assert release_workspace() == 0
+
+
+def test_a_large_result_says_that_it_cannot_grow() -> None:
+    module, x = layer()
+    with torch.no_grad():
+        y = module(x)
+        with pytest.raises(RuntimeError, match="not resizable"):
+            y.resize_(2 * y.numel())
