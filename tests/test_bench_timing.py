@@ -32,6 +32,9 @@ class WoundClock:
     def settle(self) -> None:
         pass
 
+    def warm_up(self, call: Callable[[], object], seconds: float) -> None:
+        call()
+
     def time(self, call: Callable[[], object], calls: int) -> float:
         name = str(call())
         self.log.append((name, calls))
@@ -65,9 +68,21 @@ def test_short_calls_are_repeated_and_long_ones_are_not() -> None:
     samples = turns(clock, Effort(seconds=60.0, least_rounds=2, most_rounds=2, sample_seconds=0.02))
     assert samples["short"].calls == 200
     assert samples["long"].calls == 1
-    # An untimed call goes before each sample of the short one only: 1 + 1 to estimate, 2 and 2.
-    assert clock.called.count("short") == 2 + 2 + 2
+    # Untimed calls go before each sample of the short one only: 1 + 2 to estimate, 2 and 2.
+    assert clock.called.count("short") == 3 + 2 + 2
     assert clock.called.count("long") == 1 + 2
+
+
+def test_a_cpu_is_warmed_up_for_a_time_and_once_at_least() -> None:
+    clock = CpuClock()
+    calls: list[int] = []
+    start = time.perf_counter()
+    clock.warm_up(lambda: calls.append(1), 0.02)
+    assert time.perf_counter() - start >= 0.02
+    assert calls
+    calls.clear()
+    clock.warm_up(lambda: calls.append(1), 0.0)
+    assert len(calls) == 1
 
 
 def test_those_far_behind_drop_out_unless_kept() -> None:

@@ -347,10 +347,12 @@ def _published(run: Run) -> list[Block]:
 def _method(run: Run) -> list[Block]:
     effort = run.settings["effort"]
     evicted = run.settings["evict_bytes"]
+    warm_up = effort.get("warm_up_seconds", 0.0)
+    untimed = f"{warm_up * 1e3:.0f} ms of untimed calls" if warm_up else "an untimed call"
     caches = (
         f"{evicted / 2**20:.0f} MiB of other memory are touched before each call"
         if evicted
-        else "caches are warm: each sample follows an untimed call of the same contender"
+        else f"caches are warm: each sample follows {untimed} of the same contender"
     )
     where = run.machine
     sizes = ", ".join(f"{level} {size / 2**20:g} MiB" for level, size in where["caches"].items())
