@@ -33,7 +33,7 @@ constexpr bool changes_b(int i) {
   return i == 0 || Products<Terms>::kOrder[i].b != Products<Terms>::kOrder[i - 1].b;
 }
 
-// Accumulators are tiles 0 to 3, operands 4 to 7. Tile numbers are immediates, hence macros instead of functions.
+// Accumulators are the lowest tiles, operands those up to 7. Tile numbers are immediates, hence macros.
 #define SEGPOSE_BEGIN_TILE(tile, row, column)                                                     \
   if (args.in != nullptr) {                                                                       \
     _tile_loadd(tile, args.in + (row) * args.out_row_tile + (column) * args.out_column_tile, 64); \
