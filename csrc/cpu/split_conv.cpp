@@ -192,8 +192,7 @@ void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sum
                       static_cast<float>(launch.epilogue.negative_slope),
                       out.dtype,
                       static_cast<char*>(out.data) + channel * dtype_size(out.dtype),
-                      tile.offsets,
-                      false};
+                      tile.offsets};
   if (out.stride_c == 1 || out.c == 1) {
     kernels.store(args);
     return;

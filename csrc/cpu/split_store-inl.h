@@ -15,14 +15,9 @@ SEGPOSE_INLINE __m512 activate(__m512 value, __m512 slope) {
 }
 
 template <DType Type>
-SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 value, bool stream) {
+SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 value) {
   if constexpr (Type == DType::float32) {
-    float* out = static_cast<float*>(data) + index;
-    if (stream) {
-      _mm512_stream_ps(out, value);
-    } else {
-      _mm512_mask_storeu_ps(out, mask, value);
-    }
+    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, value);
   } else if constexpr (Type == DType::bfloat16) {
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask,
                              reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
@@ -49,8 +44,8 @@ void store_wide_rows(const SplitStoreArgs& args) {
       _mm512_storeu_si512(static_cast<uint16_t*>(args.data) + offset,
                           reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     } else {
-      store16<Type>(args.data, offset, 0xffff, low, args.stream);
-      store16<Type>(args.data, offset + kTileColumns, 0xffff, high, args.stream);
+      store16<Type>(args.data, offset, 0xffff, low);
+      store16<Type>(args.data, offset + kTileColumns, 0xffff, high);
     }
   }
 }
@@ -66,7 +61,7 @@ void store_rows(const SplitStoreArgs& args) {
     for (int i = 0; i < kTileRows; ++i) {
       if (args.offsets[i] < 0) continue;
       const __m512 value = _mm512_add_ps(_mm512_loadu_ps(tile + i * 16), bias);
-      store16<Type>(args.data, args.offsets[i] + c, mask, activate<Act>(value, slope), args.stream);
+      store16<Type>(args.data, args.offsets[i] + c, mask, activate<Act>(value, slope));
     }
   }
 }

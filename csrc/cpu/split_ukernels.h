@@ -61,7 +61,6 @@ struct SplitStoreArgs {
   DType dtype;
   void* data;
   const int64_t* offsets;  // [16] element offsets of the destination rows, negative where there is none
-  bool stream;             // past the caches: whole aligned lines of a destination larger than they are
 };
 
 struct SplitUkernels {

@@ -41,7 +41,12 @@ constexpr bool changes_b(int i) {
     _tile_zero(tile);                                                                             \
   }
 #define SEGPOSE_END_TILE(tile, row, column) \
-  _tile_stored(tile, args.out + (row) * args.out_row_tile + (column) * args.out_column_tile, 64)
+  _tile_stored(tile, args.out + (row) * args.out_row_tile + (column) * args.out_column_tile, 64);
+// The accumulators of each shape: (tile, row, column).
+#define SEGPOSE_TILES_1X2(each) each(0, 0, 0) each(1, 0, 1)
+#define SEGPOSE_TILES_2X2(each) SEGPOSE_TILES_1X2(each) each(2, 1, 0) each(3, 1, 1)
+#define SEGPOSE_TILES_4X1(each) each(0, 0, 0) each(1, 1, 0) each(2, 2, 0) each(3, 3, 0)
+#define SEGPOSE_TILES_2X3(each) each(0, 0, 0) each(1, 0, 1) each(2, 0, 2) each(3, 1, 0) each(4, 1, 1) each(5, 1, 2)
 #define SEGPOSE_FOR_STEPS                                                            \
   for (int64_t block = 0; block < args.blocks; prefetch_block(args, block), ++block) \
     for (int64_t i = 0; i < args.count; ++i)
@@ -55,10 +60,7 @@ SEGPOSE_INLINE void prefetch_block(const SplitGemmArgs& args, int64_t block) {
 
 template <int Terms>
 void gemm_2x2(const SplitGemmArgs& args) {
-  SEGPOSE_BEGIN_TILE(0, 0, 0)
-  SEGPOSE_BEGIN_TILE(1, 0, 1)
-  SEGPOSE_BEGIN_TILE(2, 1, 0)
-  SEGPOSE_BEGIN_TILE(3, 1, 1)
+  SEGPOSE_TILES_2X2(SEGPOSE_BEGIN_TILE)
   SEGPOSE_FOR_STEPS {
     const char* a0 = args.a[0] + block * args.a_block + args.steps[i].a;
     const char* a1 = args.a[1] + block * args.a_block + args.steps[i].a;
@@ -79,16 +81,12 @@ void gemm_2x2(const SplitGemmArgs& args) {
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  SEGPOSE_END_TILE(0, 0, 0);
-  SEGPOSE_END_TILE(1, 0, 1);
-  SEGPOSE_END_TILE(2, 1, 0);
-  SEGPOSE_END_TILE(3, 1, 1);
+  SEGPOSE_TILES_2X2(SEGPOSE_END_TILE)
 }
 
 template <int Terms>
 void gemm_1x2(const SplitGemmArgs& args) {
-  SEGPOSE_BEGIN_TILE(0, 0, 0)
-  SEGPOSE_BEGIN_TILE(1, 0, 1)
+  SEGPOSE_TILES_1X2(SEGPOSE_BEGIN_TILE)
   SEGPOSE_FOR_STEPS {
     const char* a = args.a[0] + block * args.a_block + args.steps[i].a;
     const int64_t b = block * args.b_block + args.steps[i].b;
@@ -103,37 +101,28 @@ void gemm_1x2(const SplitGemmArgs& args) {
       _tile_dpbf16ps(1, 4, 7);
     }
   }
-  SEGPOSE_END_TILE(0, 0, 0);
-  SEGPOSE_END_TILE(1, 0, 1);
+  SEGPOSE_TILES_1X2(SEGPOSE_END_TILE)
 }
 
 template <int Terms>
-void gemm_4x1(const SplitGemmArgs& args) {
-  SEGPOSE_BEGIN_TILE(0, 0, 0)
-  SEGPOSE_BEGIN_TILE(1, 1, 0)
-  SEGPOSE_BEGIN_TILE(2, 2, 0)
-  SEGPOSE_BEGIN_TILE(3, 3, 0)
-  SEGPOSE_FOR_STEPS {
-    const int64_t step = block * args.a_block + args.steps[i].a;
-    const int64_t b = block * args.b_block + args.steps[i].b;
-    for (int p = 0; p < split_products(Terms); ++p) {
-      const Product product = Products<Terms>::kOrder[p];
-      const int64_t offset = step + product.a * args.a_term;
-      if (changes_b<Terms>(p)) _tile_loadd(6, args.b[0] + b + product.b * args.b_term, 64);
-      _tile_loadd(4, args.a[0] + offset, args.a_row);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, args.a[1] + offset, args.a_row);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_loadd(4, args.a[2] + offset, args.a_row);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, args.a[3] + offset, args.a_row);
-      _tile_dpbf16ps(3, 5, 6);
-    }
-  }
-  SEGPOSE_END_TILE(0, 0, 0);
-  SEGPOSE_END_TILE(1, 1, 0);
-  SEGPOSE_END_TILE(2, 2, 0);
-  SEGPOSE_END_TILE(3, 3, 0);
+void gemm_4x1(const SplitGemmArgs& args){
+    SEGPOSE_TILES_4X1(SEGPOSE_BEGIN_TILE) SEGPOSE_FOR_STEPS{const int64_t step = block * args.a_block + args.steps[i].a;
+const int64_t b = block * args.b_block + args.steps[i].b;
+for (int p = 0; p < split_products(Terms); ++p) {
+  const Product product = Products<Terms>::kOrder[p];
+  const int64_t offset = step + product.a * args.a_term;
+  if (changes_b<Terms>(p)) _tile_loadd(6, args.b[0] + b + product.b * args.b_term, 64);
+  _tile_loadd(4, args.a[0] + offset, args.a_row);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, args.a[1] + offset, args.a_row);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_loadd(4, args.a[2] + offset, args.a_row);
+  _tile_dpbf16ps(2, 4, 6);
+  _tile_loadd(5, args.a[3] + offset, args.a_row);
+  _tile_dpbf16ps(3, 5, 6);
+}
+}
+SEGPOSE_TILES_4X1(SEGPOSE_END_TILE)
 }
 
 #define SEGPOSE_LOAD_PRODUCT(accumulator, operand, column)                \
@@ -142,12 +131,7 @@ void gemm_4x1(const SplitGemmArgs& args) {
 
 template <int Terms>
 void gemm_2x3(const SplitGemmArgs& args) {
-  SEGPOSE_BEGIN_TILE(0, 0, 0)
-  SEGPOSE_BEGIN_TILE(1, 0, 1)
-  SEGPOSE_BEGIN_TILE(2, 0, 2)
-  SEGPOSE_BEGIN_TILE(3, 1, 0)
-  SEGPOSE_BEGIN_TILE(4, 1, 1)
-  SEGPOSE_BEGIN_TILE(5, 1, 2)
+  SEGPOSE_TILES_2X3(SEGPOSE_BEGIN_TILE)
   SEGPOSE_FOR_STEPS {
     const int64_t a = block * args.a_block + args.steps[i].a;
     const int64_t b = block * args.b_block + args.steps[i].b;
@@ -163,15 +147,14 @@ void gemm_2x3(const SplitGemmArgs& args) {
       SEGPOSE_LOAD_PRODUCT(5, 7, 2);
     }
   }
-  SEGPOSE_END_TILE(0, 0, 0);
-  SEGPOSE_END_TILE(1, 0, 1);
-  SEGPOSE_END_TILE(2, 0, 2);
-  SEGPOSE_END_TILE(3, 1, 0);
-  SEGPOSE_END_TILE(4, 1, 1);
-  SEGPOSE_END_TILE(5, 1, 2);
+  SEGPOSE_TILES_2X3(SEGPOSE_END_TILE)
 }
 
 #undef SEGPOSE_LOAD_PRODUCT
 #undef SEGPOSE_FOR_STEPS
+#undef SEGPOSE_TILES_2X3
+#undef SEGPOSE_TILES_4X1
+#undef SEGPOSE_TILES_2X2
+#undef SEGPOSE_TILES_1X2
 #undef SEGPOSE_END_TILE
 #undef SEGPOSE_BEGIN_TILE
