@@ -2,6 +2,25 @@
 // The products of AMX tiles, included by ukernels_amx.cpp inside its namespace and target.
 #pragma once
 
+// Tiles by number: the intrinsics take literals only, hence assembly of our own.
+template <int Tile>
+SEGPOSE_INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
+template <int Tile>
+SEGPOSE_INLINE void load_tile(const void* rows, int64_t pitch) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(pitch), "i"(Tile) : "memory");
+}
+template <int Tile>
+SEGPOSE_INLINE void store_tile(void* rows) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(int64_t{64}), "i"(Tile) : "memory");
+}
+// sum += a * b
+template <int Sum, int A, int B>
+SEGPOSE_INLINE void multiply_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(A), "i"(B));
+}
+
 // Which terms are multiplied, in an order that loads each operand tile once or twice: with six products 14 loads for
 // 24 tile products of a 2 x 2. Every shape keeps the order, so that a sum does not depend on the shape it ran in.
 struct Product {
@@ -23,33 +42,9 @@ struct Products<3> {
   static constexpr Product kOrder[] = {{0, 2}, {0, 1}, {0, 0}, {2, 0}, {1, 0}, {1, 1}};
 };
 
-// Whether product i needs another term of A or B than the one before it.
-template <int Terms>
-constexpr bool changes_a(int i) {
-  return i == 0 || Products<Terms>::kOrder[i].a != Products<Terms>::kOrder[i - 1].a;
-}
-template <int Terms>
-constexpr bool changes_b(int i) {
-  return i == 0 || Products<Terms>::kOrder[i].b != Products<Terms>::kOrder[i - 1].b;
-}
-
-// Accumulators are the lowest tiles, operands those up to 7. Tile numbers are immediates, hence macros.
-#define SEGPOSE_BEGIN_TILE(tile, row, column)                                                     \
-  if (args.in != nullptr) {                                                                       \
-    _tile_loadd(tile, args.in + (row) * args.out_row_tile + (column) * args.out_column_tile, 64); \
-  } else {                                                                                        \
-    _tile_zero(tile);                                                                             \
-  }
-#define SEGPOSE_END_TILE(tile, row, column) \
-  _tile_stored(tile, args.out + (row) * args.out_row_tile + (column) * args.out_column_tile, 64);
-// The accumulators of each shape: (tile, row, column).
-#define SEGPOSE_TILES_1X2(each) each(0, 0, 0) each(1, 0, 1)
-#define SEGPOSE_TILES_2X2(each) SEGPOSE_TILES_1X2(each) each(2, 1, 0) each(3, 1, 1)
-#define SEGPOSE_TILES_4X1(each) each(0, 0, 0) each(1, 1, 0) each(2, 2, 0) each(3, 3, 0)
-#define SEGPOSE_TILES_2X3(each) each(0, 0, 0) each(1, 0, 1) each(2, 0, 2) each(3, 1, 0) each(4, 1, 1) each(5, 1, 2)
-#define SEGPOSE_FOR_STEPS                                                            \
-  for (int64_t block = 0; block < args.blocks; prefetch_block(args, block), ++block) \
-    for (int64_t i = 0; i < args.count; ++i)
+// Without a tile store among them, more than 128 tile products make the next one wait for about 900 cycles (measured;
+// the manuals do not mention it): 15% of a sum over 36 steps of a 2 x 2. A store of any tile counts.
+constexpr int kProductsBetweenStores = 80;
 
 // The block of the next panel that takes this one's place: products leave the loads of memory time to arrive.
 SEGPOSE_INLINE void prefetch_block(const SplitGemmArgs& args, int64_t block) {
@@ -58,103 +53,76 @@ SEGPOSE_INLINE void prefetch_block(const SplitGemmArgs& args, int64_t block) {
   for (int64_t line = 0; line < args.b_block; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
 }
 
-template <int Terms>
-void gemm_2x2(const SplitGemmArgs& args) {
-  SEGPOSE_TILES_2X2(SEGPOSE_BEGIN_TILE)
-  SEGPOSE_FOR_STEPS {
-    const char* a0 = args.a[0] + block * args.a_block + args.steps[i].a;
-    const char* a1 = args.a[1] + block * args.a_block + args.steps[i].a;
-    const int64_t b = block * args.b_block + args.steps[i].b;
-    for (int p = 0; p < split_products(Terms); ++p) {
-      const Product product = Products<Terms>::kOrder[p];
-      if (changes_a<Terms>(p)) {
-        _tile_loadd(4, a0 + product.a * args.a_term, args.a_row);
-        _tile_loadd(5, a1 + product.a * args.a_term, args.a_row);
-      }
-      if (changes_b<Terms>(p)) {
-        _tile_loadd(6, args.b[0] + b + product.b * args.b_term, 64);
-        _tile_loadd(7, args.b[1] + b + product.b * args.b_term, 64);
-      }
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+// Rows x Columns accumulators in the lowest tiles. What is left holds a step's operands: all of them, or a single
+// column that all rows are multiplied with, or a row and a column at a time.
+template <int Rows, int Columns, int Terms>
+struct TileGemm {
+  static constexpr int kSums = Rows * Columns;
+  static constexpr bool kAllFit = kSums + Rows + Columns <= 8;
+  static constexpr int kStepsBetweenStores = kProductsBetweenStores / (kSums * split_products(Terms));
+  static_assert(kSums + 2 <= 8 && (kAllFit || Columns == 1 || kSums == 6) && kStepsBetweenStores > 0);
+
+  static constexpr int b_tile(int column) { return kAllFit ? kSums + Rows + column : Columns == 1 ? kSums : kSums + 1; }
+  static constexpr int a_tile(int row) { return kAllFit ? kSums + row : Columns == 1 ? kSums + 1 + row % 3 : kSums; }
+
+  template <int Sum>
+  SEGPOSE_INLINE static void begin_sum(const SplitGemmArgs& args) {
+    if (args.in == nullptr) return zero_tile<Sum>();
+    load_tile<Sum>(args.in + Sum / Columns * args.out_row_tile + Sum % Columns * args.out_column_tile, 64);
   }
-  SEGPOSE_TILES_2X2(SEGPOSE_END_TILE)
-}
+  template <int Sum>
+  SEGPOSE_INLINE static void end_sum(const SplitGemmArgs& args) {
+    store_tile<Sum>(args.out + Sum / Columns * args.out_row_tile + Sum % Columns * args.out_column_tile);
+  }
 
-template <int Terms>
-void gemm_1x2(const SplitGemmArgs& args) {
-  SEGPOSE_TILES_1X2(SEGPOSE_BEGIN_TILE)
-  SEGPOSE_FOR_STEPS {
-    const char* a = args.a[0] + block * args.a_block + args.steps[i].a;
-    const int64_t b = block * args.b_block + args.steps[i].b;
-    for (int p = 0; p < split_products(Terms); ++p) {
-      const Product product = Products<Terms>::kOrder[p];
-      if (changes_a<Terms>(p)) _tile_loadd(4, a + product.a * args.a_term, args.a_row);
-      if (changes_b<Terms>(p)) {
-        _tile_loadd(6, args.b[0] + b + product.b * args.b_term, 64);
-        _tile_loadd(7, args.b[1] + b + product.b * args.b_term, 64);
+  // A sum's share of product P, after the loads that it is the first to need. a and b are offsets of the step.
+  template <int P, int Sum>
+  SEGPOSE_INLINE static void add(const SplitGemmArgs& args, int64_t a, int64_t b) {
+    constexpr Product kProduct = Products<Terms>::kOrder[P];
+    constexpr Product kBefore = Products<Terms>::kOrder[P == 0 ? 0 : P - 1];
+    constexpr int kRow = Sum / Columns;
+    constexpr int kColumn = Sum % Columns;
+    constexpr bool kFirstOfRow = kColumn == 0 && (!kAllFit || P == 0 || kProduct.a != kBefore.a);
+    constexpr bool kKeepsColumns = kAllFit || Columns == 1;
+    constexpr bool kFirstOfColumn = !kKeepsColumns || (kRow == 0 && (P == 0 || kProduct.b != kBefore.b));
+    if constexpr (kFirstOfRow) load_tile<a_tile(kRow)>(args.a[kRow] + a + kProduct.a * args.a_term, args.a_row);
+    if constexpr (kFirstOfColumn) load_tile<b_tile(kColumn)>(args.b[kColumn] + b + kProduct.b * args.b_term, 64);
+    multiply_tiles<Sum, a_tile(kRow), b_tile(kColumn)>();
+  }
+  template <int P, int... Sum>
+  SEGPOSE_INLINE static void product(const SplitGemmArgs& args, int64_t a, int64_t b,
+                                     std::integer_sequence<int, Sum...>) {
+    (add<P, Sum>(args, a, b), ...);
+  }
+
+  template <int... Sum, int... P>
+  SEGPOSE_INLINE static void run(const SplitGemmArgs& args, std::integer_sequence<int, Sum...> sums,
+                                 std::integer_sequence<int, P...>) {
+    alignas(64) char nobody_reads[kTileBytes];
+    (begin_sum<Sum>(args), ...);
+    int left = kStepsBetweenStores;
+    for (int64_t block = 0; block < args.blocks; prefetch_block(args, block), ++block) {
+      for (int64_t i = 0; i < args.count; ++i) {
+        if (left-- == 0) {
+          store_tile<b_tile(0)>(nobody_reads);
+          left = kStepsBetweenStores - 1;
+        }
+        const int64_t a = block * args.a_block + args.steps[i].a;
+        const int64_t b = block * args.b_block + args.steps[i].b;
+        (product<P>(args, a, b, sums), ...);
       }
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
     }
+    (end_sum<Sum>(args), ...);
   }
-  SEGPOSE_TILES_1X2(SEGPOSE_END_TILE)
+};
+
+template <int Rows, int Columns, int Terms>
+void gemm(const SplitGemmArgs& args) {
+  TileGemm<Rows, Columns, Terms>::run(args, std::make_integer_sequence<int, Rows * Columns>(),
+                                      std::make_integer_sequence<int, split_products(Terms)>());
 }
 
-template <int Terms>
-void gemm_4x1(const SplitGemmArgs& args){
-    SEGPOSE_TILES_4X1(SEGPOSE_BEGIN_TILE) SEGPOSE_FOR_STEPS{const int64_t step = block * args.a_block + args.steps[i].a;
-const int64_t b = block * args.b_block + args.steps[i].b;
-for (int p = 0; p < split_products(Terms); ++p) {
-  const Product product = Products<Terms>::kOrder[p];
-  const int64_t offset = step + product.a * args.a_term;
-  if (changes_b<Terms>(p)) _tile_loadd(6, args.b[0] + b + product.b * args.b_term, 64);
-  _tile_loadd(4, args.a[0] + offset, args.a_row);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(5, args.a[1] + offset, args.a_row);
-  _tile_dpbf16ps(1, 5, 6);
-  _tile_loadd(4, args.a[2] + offset, args.a_row);
-  _tile_dpbf16ps(2, 4, 6);
-  _tile_loadd(5, args.a[3] + offset, args.a_row);
-  _tile_dpbf16ps(3, 5, 6);
+template <int Rows, int Columns>
+constexpr SplitShape gemm_shape() {
+  return {Rows, Columns, {gemm<Rows, Columns, 1>, gemm<Rows, Columns, 2>, gemm<Rows, Columns, 3>}};
 }
-}
-SEGPOSE_TILES_4X1(SEGPOSE_END_TILE)
-}
-
-#define SEGPOSE_LOAD_PRODUCT(accumulator, operand, column)                \
-  _tile_loadd(operand, args.b[column] + b + product.b * args.b_term, 64); \
-  _tile_dpbf16ps(accumulator, 6, operand)
-
-template <int Terms>
-void gemm_2x3(const SplitGemmArgs& args) {
-  SEGPOSE_TILES_2X3(SEGPOSE_BEGIN_TILE)
-  SEGPOSE_FOR_STEPS {
-    const int64_t a = block * args.a_block + args.steps[i].a;
-    const int64_t b = block * args.b_block + args.steps[i].b;
-    for (int p = 0; p < split_products(Terms); ++p) {
-      const Product product = Products<Terms>::kOrder[p];
-      _tile_loadd(6, args.a[0] + a + product.a * args.a_term, args.a_row);
-      SEGPOSE_LOAD_PRODUCT(0, 7, 0);
-      SEGPOSE_LOAD_PRODUCT(1, 7, 1);
-      SEGPOSE_LOAD_PRODUCT(2, 7, 2);
-      _tile_loadd(6, args.a[1] + a + product.a * args.a_term, args.a_row);
-      SEGPOSE_LOAD_PRODUCT(3, 7, 0);
-      SEGPOSE_LOAD_PRODUCT(4, 7, 1);
-      SEGPOSE_LOAD_PRODUCT(5, 7, 2);
-    }
-  }
-  SEGPOSE_TILES_2X3(SEGPOSE_END_TILE)
-}
-
-#undef SEGPOSE_LOAD_PRODUCT
-#undef SEGPOSE_FOR_STEPS
-#undef SEGPOSE_TILES_2X3
-#undef SEGPOSE_TILES_4X1
-#undef SEGPOSE_TILES_2X2
-#undef SEGPOSE_TILES_1X2
-#undef SEGPOSE_END_TILE
-#undef SEGPOSE_BEGIN_TILE

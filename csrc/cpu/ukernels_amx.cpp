@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // AMX-BF16 tiles with AVX-512 around them. Source of the split: G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019 (arXiv 1904.06376).
+#include <utility>
+
 #include "split_ukernels.h"
 
 #if defined(__x86_64__)
@@ -295,18 +297,9 @@ void gather_matrix(DType dtype, const void* source, int64_t offset, int64_t row_
 
 #include "split_store-inl.h"
 
-constexpr SplitUkernels kTable = {{2, 2, {gemm_2x2<1>, gemm_2x2<2>, gemm_2x2<3>}},
-                                  {1, 2, {gemm_1x2<1>, gemm_1x2<2>, gemm_1x2<3>}},
-                                  {4, 1, {gemm_4x1<1>, gemm_4x1<2>, gemm_4x1<3>}},
-                                  {2, 3, {gemm_2x3<1>, gemm_2x3<2>, gemm_2x3<3>}},
-                                  begin,
-                                  end,
-                                  split_pixels,
-                                  copy_pixels,
-                                  pair_rows,
-                                  transpose_rows,
-                                  gather_matrix,
-                                  store};
+constexpr SplitUkernels kTable = {
+    gemm_shape<2, 2>(), gemm_shape<1, 2>(), gemm_shape<4, 1>(), gemm_shape<2, 3>(), begin,         end,
+    split_pixels,       copy_pixels,        pair_rows,          transpose_rows,     gather_matrix, store};
 
 }  // namespace segpose::amx
 #pragma GCC pop_options
