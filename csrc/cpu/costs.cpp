@@ -12,31 +12,57 @@ namespace {
 constexpr double kGatherCycles = 7;
 constexpr double kSegmentCycles = 12;
 constexpr double kNarrowWgrad = 1.8;
-// Cycles of a value that comes from memory, or from a filter larger than L2 for every task.
+// Cycles of a value that comes from memory.
 constexpr double kMemoryCycles = 0.25;
-constexpr double kFilterCycles = 0.5;
 constexpr double kCacheValues = 256 << 10;
-// Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm.
+// Cycles of a byte of a filter that does not stay in L2, for every block that reads it.
+constexpr double kFilterCycles = 0.14;
+constexpr double kFilterBytes = 1280 << 10;
+// Below this many channels the row pointers of igemm cost more than copying the taps together.
+constexpr int64_t kGatherChannels = 8;
+// Cycles of a destination pixel and of a pointer to a tap's row, for each panel of igemm; of copying a tap of a pixel
+// instead; and of a phase.
 constexpr double kPixelCycles = 14;
 constexpr double kPointerCycles = 0.7;
-// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; and of a
-// pass whatever its size.
+constexpr double kCopyCycles = 3.5;
+constexpr double kPhaseCycles = 3e3;
+// Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; of a phase
+// of a block, and of a pass whatever its size.
 constexpr double kTileCycles = 24;
 constexpr double kStoreCycles = 12;
 constexpr double kSplitCycles = 4;
-constexpr double kSplitPass = 75e3;
+constexpr double kSplitPhase = 2e3;
+constexpr double kSplitPass = 20e3;
 // Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
-constexpr double kStridedSplit = 3;
+constexpr double kStridedSplit = 2;
 // What the transforms of whole layers took over their predictions, with AMX products in between.
 constexpr double kWinograd3 = 1.5;
 constexpr double kWinograd2 = 2;
 // Of starting a line of tiles, and of staging a value.
 constexpr double kLineCycles = 60;
 constexpr double kStageCycles = 0.25;
+// Of a result that is not a float32.
+constexpr double kConvertCycles = 1;
 // Of packing 16 values of a filter into tiles.
 constexpr double kPackCycles = 25;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+double filter_values(const ConvProblem& problem) {
+  return static_cast<double>(problem.taps() * problem.c_per_group() * problem.k);
+}
+
+// Of reading a filter `times`.
+double filter_cycles(double bytes, double times) { return bytes > kFilterBytes ? bytes * times * kFilterCycles : 0; }
+
+double converted(const Plan& plan, double results) { return dtype_size(plan.dtype) < 4 ? results * kConvertCycles : 0; }
+
+// Pixels that a pass writes.
+double written_pixels(const Plan& plan) {
+  double pixels = 0;
+  for (const Phase& phase : plan.phases) pixels += static_cast<double>(plan.problem.n * phase.rows * phase.cols);
+  return pixels;
+}
 
 // What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
 double multiply_add_cycles(Isa isa) {
@@ -77,26 +103,34 @@ double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<
   const int64_t channels = plan.depth() * plan.problem.groups;
   const double tasks = std::ceil(static_cast<double>(plan.problem.n) / static_cast<double>(rows.images)) *
                        std::ceil(most_rows / static_cast<double>(rows.rows));
-  const double filter = static_cast<double>(plan.problem.taps() * plan.depth() * plan.columns() * plan.problem.groups);
-  return cycles * static_cast<double>(plan.problem.groups) +
-         tasks * (static_cast<double>(staged_values(rows, channels)) * kStageCycles +
-                  (filter > kCacheValues ? filter * kFilterCycles : 0));
+  const double results = written_pixels(plan) * static_cast<double>(plan.columns() * plan.problem.groups);
+  return cycles * static_cast<double>(plan.problem.groups) + converted(plan, results) +
+         tasks * static_cast<double>(staged_values(rows, channels)) * kStageCycles +
+         filter_cycles(filter_values(plan.problem) * sizeof(T), tasks);
 }
 
 }  // namespace
 
+// Copying the taps of a pixel together is only worth it where several share a row; wgrad gathers the activation.
+bool gathers(const Plan& plan) {
+  const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
+  return channels < kGatherChannels && plan.problem.taps() > 1;
+}
+
 double direct_cycles(const Plan& plan, const Widths& widths) {
   const auto panels = split_columns(plan.columns(), widths);
-  double pixels = 0;
+  const double pixels = written_pixels(plan);
   double terms = 0;
   for (const Phase& phase : plan.phases) {
-    const double rows = static_cast<double>(plan.problem.n * phase.rows * phase.cols);
-    pixels += rows;
-    terms += rows * static_cast<double>(phase.taps.size());
+    terms += static_cast<double>(plan.problem.n * phase.rows * phase.cols * static_cast<int64_t>(phase.taps.size()));
   }
   const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
-  return terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
-         (kPixelCycles * pixels + kPointerCycles * terms) * static_cast<double>(panels.size());
+  const double tap = gathers(plan) ? kCopyCycles : kPointerCycles;
+  const double results = pixels * static_cast<double>(plan.columns() * plan.problem.groups);
+  return filter_cycles(filter_values(plan.problem) * 4, 1) + converted(plan, results) +
+         static_cast<double>(static_cast<int64_t>(plan.phases.size())) * kPhaseCycles +
+         terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
+         (kPixelCycles * pixels + tap * terms) * static_cast<double>(panels.size());
 }
 
 double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
@@ -107,13 +141,18 @@ double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Pan
 double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepared) {
   const ConvProblem& problem = plan.problem;
   const bool forward = plan.pass == Pass::fprop;
-  double pixels = 0;
-  for (const Phase& phase : plan.phases) pixels += static_cast<double>(problem.n * phase.rows * phase.cols);
+  const double pixels = written_pixels(plan);
   const double source =
       static_cast<double>(forward ? problem.n * problem.h * problem.w : problem.n * problem.p * problem.q);
   const double panels = static_cast<double>(ceil_div(plan.columns(), kTileColumns));
   const double filter = panels * static_cast<double>(plan.depth() * problem.taps() * problem.groups);
+  int64_t rows = 1;
+  for (const Phase& phase : plan.phases) rows = std::max(rows, phase.rows);
+  const double blocks = static_cast<double>(ceil_div(problem.n, split.images) * ceil_div(rows, split.rows));
+  const double phases = blocks * static_cast<double>(static_cast<int64_t>(plan.phases.size()) * problem.groups);
   const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
+                        phases * kSplitPhase +
+                        filter_cycles(filter_values(problem) * static_cast<double>(2 * split.terms), blocks) +
                         static_cast<double>(problem.groups) *
                             (pixels * panels * kStoreCycles +
                              source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);

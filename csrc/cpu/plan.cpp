@@ -23,8 +23,6 @@ constexpr int64_t kChunk = 1024;
 constexpr int64_t kPanelBytes = 512 << 10;
 // Fewer tasks than this leave threads idle.
 constexpr int64_t kMinTasks = 16;
-// Below this many channels the row pointers of igemm cost more than copying the taps together.
-constexpr int64_t kGatherChannels = 8;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
@@ -46,12 +44,6 @@ std::vector<Phase> gather_phases(const ConvProblem& problem) {
 }
 
 bool is_depthwise(const ConvProblem& problem) { return problem.c_per_group() == 1 && problem.k_per_group() == 1; }
-
-// Copying the taps of a pixel together is only worth it where several share a row; wgrad gathers the activation.
-bool gathers(const Plan& plan) {
-  const int64_t channels = plan.pass == Pass::dgrad ? plan.problem.k_per_group() : plan.problem.c_per_group();
-  return channels < kGatherChannels && plan.problem.taps() > 1;
-}
 
 // Sorted so that the taps of a dense rectangle stand row by row.
 void sort_taps(std::vector<Tap>& taps) {
@@ -142,7 +134,9 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = direct;
   choice.forced = options.algorithm == plan.algorithm;
-  if (plan.problem.n > 0 && (plan.problem.taps() * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
+  int64_t most_taps = 0;
+  for (const Phase& phase : plan.phases) most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
+  if (plan.problem.n > 0 && (most_taps * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
     const bool wide = plan.dtype == DType::float64;
     const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
     const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);

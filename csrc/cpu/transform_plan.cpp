@@ -29,8 +29,8 @@ constexpr int64_t kSumsBytes = 1200 << 10;
 constexpr int64_t kTransformedBytes = 640 << 10;
 // Tasks that tiles are split for; fixed, so that a sum does not depend on the threads.
 constexpr int64_t kWgradTasks = 8;
-// Cycles: of a multiply-add vector and of a tile product at the rate the GEMMs reach, of a byte from beyond L2, and of
-// a transformed vector with its share of the transform.
+// Cycles: of a multiply-add vector and of a tile product at the rate the GEMMs reach, of a byte from beyond L2, of a
+// transformed vector with its share of the transform, and of a block whatever its size.
 constexpr double kVectorCycles = 0.6;
 constexpr double kTileCycles = 22;
 constexpr double kByteCycles = 0.12;
@@ -38,6 +38,7 @@ constexpr double kTransformCycles = 4;
 constexpr double kSplitTransformCycles = 9;
 constexpr double kFourierCycles = 15;
 constexpr double kFilterCycles = 14;
+constexpr double kBlockCycles = 8e3;
 constexpr double kSplitFilterCycles = 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -139,6 +140,7 @@ TransformCandidate plan_codelet(const TransformQuery& query, int64_t codelet, in
   } else {
     cycles += padded_tiles * products / static_cast<double>(vector) * kVectorCycles;
   }
+  cycles += static_cast<double>(blocks) * kBlockCycles;
   cycles += static_cast<double>(blocks * filter_bytes) * (filter_bytes > kFilterInL2 ? kByteCycles : kByteCycles / 4);
   const double in = terms > 0 ? kSplitTransformCycles : plan.parts == 2 ? kFourierCycles : kTransformCycles;
   const double out = plan.parts == 2 ? kFourierCycles : kTransformCycles;
