@@ -95,6 +95,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/prepared.cpp",
     "csrc/cpu/results.cpp",
     "csrc/cpu/rows_conv.cpp",
+    "csrc/cpu/sequence.cpp",
     "csrc/cpu/split_conv.cpp",
     "csrc/cpu/split_pack.cpp",
     "csrc/cpu/split_wgrad.cpp",

@@ -51,6 +51,7 @@ _CPU_SCHEMAS = {
         "float negative_slope, int max_bytes, int[] donors) -> int"
     ),
     "run_prepared": "(int handle, Tensor input, Tensor(a!) output) -> ()",
+    "run_steps": "(int[] code, Tensor(a!)[] tensors) -> ()",
     "first_stale": "(int[] handles) -> int",
     "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",

@@ -112,8 +112,8 @@ class _Contiguous(torch.autograd.Function):
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """`x.contiguous()`, by a kernel for float32 and float64 in channels_last on CPU."""
-    if x.is_contiguous() or x.dtype.itemsize < 4 or not _has_kernels(x):
+    """`x.contiguous()`, by a kernel for channels_last on CPU."""
+    if x.is_contiguous() or not _has_kernels(x):
         return x.contiguous()
     y: Tensor = _Contiguous.apply(x)
     return y

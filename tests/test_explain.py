@@ -7,9 +7,11 @@ import copy
 import json
 from collections.abc import Callable
 
+import inference_models
 import pytest
 import swap_models as zoo
 import torch
+from swap_helpers import IMAGE
 from torch import Tensor, nn
 
 from segpose_kernels.backends import LIBRARY
@@ -187,3 +189,29 @@ def test_measuring_is_for_the_cpu() -> None:
     model, _ = optimize(SegNet(3))
     with pytest.raises(ValueError, match="measure=True is for models on CPU"):
         explain(model, torch.randn(2, 1, 28, 28), measure=True, arch="sm_90")
+
+
+@pytest.mark.skipif(not LIBRARY.loaded, reason="the C++ library is not built")
+def test_explain_shows_what_was_prepared() -> None:
+    image = torch.randn(IMAGE)
+    model = zoo.PoseMachine().eval()
+    optimize(model, mode="inference")
+    found = {layer.name: layer for layer in explain(model, image, show=False)}
+    assert "max-pool behind it" in found["conv1"].inference
+    assert "writes into a concatenation" in found["conv2"].inference
+    assert all("filter packed" in layer.inference for layer in found.values())
+    assert "packed filters" in str(explain(model, image, show=False))
+    tight = zoo.PoseMachine().eval()
+    optimize(tight, mode="inference", max_prepared_bytes=0)
+    for layer in explain(tight, image, show=False):
+        assert "packed on every call" in layer.inference
+    optimize(tight)
+    assert all(not layer.inference for layer in explain(tight, image, show=False))
+
+
+def test_validate_of_an_inference_model() -> None:
+    model = inference_models.vgg().eval()
+    optimize(model, mode="inference")
+    report = validate(model, torch.randn(IMAGE))
+    assert report, str(report)
+    assert len(report) == 3

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from segpose_kernels import prepared_bytes, release_workspace
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.models import Autoencoder, CPM2DPose, JointRegression, SegNet
-from segpose_kernels.swap import SwapReport, explain, optimize, restore, validate
+from segpose_kernels.swap import SwapReport, optimize, restore
 from segpose_kernels.swap.inference import InferenceForward, Program
 from segpose_kernels.testing.numerics import relative_l2
 
@@ -481,25 +481,3 @@ def test_many_shapes_keep_few_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert_same(model, plain, x, f"size {size}")
             assert sum(frame.blueprint.arena_bytes for frame in program._idle) <= 200_000
     assert len(program._blueprints) == 8
-
-
-def test_explain_shows_what_was_prepared() -> None:
-    model, _, _ = optimized(zoo.PoseMachine())
-    found = {layer.name: layer for layer in explain(model, torch.randn(IMAGE), show=False)}
-    assert "max-pool behind it" in found["conv1"].inference
-    assert "writes into a concatenation" in found["conv2"].inference
-    assert all("filter packed" in layer.inference for layer in found.values())
-    report = str(explain(model, torch.randn(IMAGE), show=False))
-    assert "packed filters" in report
-    tight, _, _ = optimized(zoo.PoseMachine(), max_prepared_bytes=0)
-    for layer in explain(tight, torch.randn(IMAGE), show=False):
-        assert "packed on every call" in layer.inference
-    optimize(tight)
-    assert all(not layer.inference for layer in explain(tight, torch.randn(IMAGE), show=False))
-
-
-def test_validate_of_an_inference_model() -> None:
-    model, _, _ = optimized(nets.vgg())
-    report = validate(model, torch.randn(IMAGE))
-    assert report, str(report)
-    assert len(report) == 3

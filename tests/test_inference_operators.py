@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators under inference mode by themselves: prepared convolutions and the 2x2 pool."""
+"""The operators under inference mode by themselves: prepared convolutions, the 2x2 pool, memory
+formats, and all of them in one call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.pooling import contiguous
+from segpose_kernels.swap.frames import CONV, COPY, POOL, TRANSPOSE
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -15,7 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3, 8, 21])
 def test_pool_operator(dtype: torch.dtype, channels: int) -> None:
     """torch's answer for NaN, infinities, zeros of both signs and odd sizes, in slices too."""
@@ -29,6 +36,65 @@ def test_pool_operator(dtype: torch.dtype, channels: int) -> None:
     torch.testing.assert_close(out, F.max_pool2d(x, 2), rtol=0, atol=0, equal_nan=True)
     assert not buffer[:, :2].any()
     assert not buffer[:, 2 + channels :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 10, 28, 28), (3, 33, 17, 13), (1, 1, 5, 1), (2, 64, 1, 1)])
+def test_contiguous_results(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As torch's copies, from slices of more channels too."""
+    n, c, h, w = shape
+    wide = torch.randn(n, c + 3, h, w).to(dtype).to(memory_format=torch.channels_last)
+    for x in (wide[:, 3:].contiguous(memory_format=torch.channels_last), wide[:, 2:-1]):
+        out = torch.empty(shape, dtype=dtype)
+        torch.ops.segpose.run_steps([TRANSPOSE, 0, 0, 1], [x, out])
+        assert torch.equal(out, x)
+        found = contiguous(x)
+        assert found.is_contiguous()
+        assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_in_one_call(dtype: torch.dtype) -> None:
+    """A convolution into a concatenation, a copy beside it, a pool, and a contiguous result."""
+    ops = torch.ops.segpose
+    x, other = torch.randn(2, 3, 8, 6).to(dtype), torch.randn(2, 5, 8, 6).to(dtype)
+    weight = torch.randn(4, 3, 3, 3).to(dtype)
+    attributes = ([1, 1], [1, 1], [0, 0], [1, 1], 1, False, 0.0, 1 << 20, [])
+    handle = ops.prepare_conv(weight, None, list(x.shape), *attributes)
+    joined = torch.empty(2, 9, 8, 6, dtype=dtype).to(memory_format=torch.channels_last)
+    pooled = torch.empty(2, 9, 4, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    out = torch.empty(2, 9, 4, 3, dtype=dtype)
+    steps = [
+        (CONV, handle, 0, 3),
+        (COPY, 0, 1, 4),
+        (POOL, 0, 2, 5),
+        (TRANSPOSE, 0, 5, 6),
+    ]
+    code = [number for step in steps for number in step]
+    ops.run_steps(code, [x, other, joined, joined[:, :4], joined[:, 4:], pooled, out])
+    expected = torch.cat([F.conv2d(x, weight, padding=1).relu(), other], 1)
+    torch.testing.assert_close(joined, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(joined[:, 4:], other)
+    assert torch.equal(out, F.max_pool2d(joined, 2))
+    assert out.is_contiguous()
+    ops.release_prepared(handle)
+
+
+def test_steps_refuse_what_does_not_fit() -> None:
+    run = torch.ops.segpose.run_steps
+    x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="4 numbers for each step"):
+        run([COPY, 0, 0], [x])
+    with pytest.raises(RuntimeError, match="a step uses tensor 1 of 1"):
+        run([COPY, 0, 0, 1], [x])
+    with pytest.raises(RuntimeError, match="no step has the kind 9"):
+        run([9, 0, 0, 0], [x])
+    with pytest.raises(RuntimeError, match="same shape and dtype"):
+        run([COPY, 0, 0, 1], [x, x[:, :2]])
+    with pytest.raises(RuntimeError, match="output must be contiguous"):
+        run([TRANSPOSE, 0, 0, 1], [x, torch.empty_like(x)])
+    with pytest.raises(RuntimeError, match="input must be channels_last"):
+        run([TRANSPOSE, 0, 0, 1], [x.contiguous(), x.contiguous()])
 
 
 def test_raw_operators_refuse_what_does_not_fit() -> None:

@@ -1,49 +1,116 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Results in torch's default memory format from channels_last ones: transposed in registers, where torch's copy goes
-// element by element.
+// Between memory formats: results in torch's default one from channels_last, transposed in registers where torch's copy
+// goes element by element, and inputs of a concatenation into it.
 #include <torch/csrc/stable/library.h>
 
-#include "torch_views.h"
+#include <algorithm>
+#include <cstring>
+
+#include "prepared.h"
 #include "ukernels.h"
 
 namespace segpose {
 namespace {
 
 template <class T>
+void transpose(const T* in, int64_t step, int64_t rows, int64_t columns, T* out, int64_t out_step) {
+  ukernels<T>(selected_isa()).transpose(in, step, rows, columns, out, out_step);
+}
+
+// 16-bit values: pairs of columns as floats, then apart.
+void transpose(const uint16_t* in, int64_t step, int64_t rows, int64_t columns, uint16_t* out, int64_t out_step) {
+  constexpr int64_t kRows = 128;
+  constexpr int64_t kPairs = 16;
+  alignas(64) uint32_t pairs[kPairs * kRows];
+  const int64_t paired = step % 2 == 0 && reinterpret_cast<uintptr_t>(in) % 4 == 0 ? columns / 2 * 2 : 0;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t count = std::min(rows - r, kRows);
+    for (int64_t c = 0; c < paired; c += 2 * kPairs) {
+      const int64_t width = std::min(paired - c, 2 * kPairs) / 2;
+      transpose(reinterpret_cast<const float*>(in + r * step + c), step / 2, count, width,
+                reinterpret_cast<float*>(pairs), kRows);
+      for (int64_t pair = 0; pair < width; ++pair) {
+        uint16_t* even = out + (c + 2 * pair) * out_step + r;
+        uint16_t* odd = even + out_step;
+        for (int64_t i = 0; i < count; ++i) even[i] = static_cast<uint16_t>(pairs[pair * kRows + i]);
+        for (int64_t i = 0; i < count; ++i) odd[i] = static_cast<uint16_t>(pairs[pair * kRows + i] >> 16);
+      }
+    }
+    for (int64_t c = paired; c < columns; ++c) {
+      for (int64_t i = r; i < r + count; ++i) out[c * out_step + i] = in[i * step + c];
+    }
+  }
+}
+
+template <class T>
 void transpose_images(const TensorView& in, const TensorView& out, const Executor& executor) {
   // Pixels of a task; a multiple of every vector.
   constexpr int64_t kPixels = 512;
-  const Ukernels<T>& kernels = ukernels<T>(selected_isa());
   const int64_t pixels = in.h * in.w;
   const int64_t pieces = (pixels + kPixels - 1) / kPixels;
   for_each_task(executor, in.n * pieces, [&](int64_t task, int64_t) {
     const int64_t n = task / pieces;
     const int64_t first = task % pieces * kPixels;
-    const int64_t count = pixels - first < kPixels ? pixels - first : kPixels;
-    kernels.transpose(in.as<T>() + n * in.stride_n + first * in.c, in.c, count, in.c,
-                      out.as<T>() + n * out.stride_n + first, pixels);
+    const int64_t count = std::min(pixels - first, kPixels);
+    transpose(in.as<const T>() + n * in.stride_n + first * in.stride_w, in.stride_w, count, in.c,
+              out.as<T>() + n * out.stride_n + first, pixels);
   });
+}
+
+void check_alike(const TensorView& in, const TensorView& out) {
+  STD_TORCH_CHECK(in.dtype == out.dtype && in.n == out.n && in.c == out.c && in.h == out.h && in.w == out.w,
+                  "segpose: input and output must have the same shape and dtype");
 }
 
 Tensor to_contiguous(const Tensor& input) {
   STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D");
-  const TensorView in = view_of(input);
-  STD_TORCH_CHECK(in.stride_c == 1 && in.stride_w == in.c && in.stride_h == in.w * in.c,
-                  "segpose: input must be channels_last");
-  Tensor output = torch::stable::empty({in.n, in.c, in.h, in.w}, input.scalar_type(), std::nullopt, input.device());
-  const TensorView out = view_of(output);
-  const Executor executor = torch_executor();
-  if (input.numel() == 0) return output;
-  if (in.dtype == DType::float64) {
-    transpose_images<double>(in, out, executor);
-  } else {
-    STD_TORCH_CHECK(in.dtype == DType::float32, "segpose: input must be float32 or float64");
-    transpose_images<float>(in, out, executor);
-  }
+  Tensor output = torch::stable::empty({input.size(0), input.size(1), input.size(2), input.size(3)},
+                                       input.scalar_type(), std::nullopt, input.device());
+  write_contiguous(input, output);
   return output;
 }
 
 }  // namespace
+
+void write_contiguous(const Tensor& input, Tensor output) {
+  const TensorView in = view_of(input);
+  const TensorView out = view_of(output);
+  check_alike(in, out);
+  STD_TORCH_CHECK((in.stride_c == 1 || in.c == 1) && in.stride_h == in.w * in.stride_w,
+                  "segpose: input must be channels_last");
+  STD_TORCH_CHECK(output.is_contiguous(), "segpose: output must be contiguous");
+  if (input.numel() == 0) return;
+  const Executor executor = torch_executor();
+  switch (in.dtype) {
+    case DType::float64:
+      return transpose_images<double>(in, out, executor);
+    case DType::float32:
+      return transpose_images<float>(in, out, executor);
+    case DType::bfloat16:
+    case DType::float16:
+      return transpose_images<uint16_t>(in, out, executor);
+  }
+}
+
+void copy_channels(const Tensor& input, Tensor output) {
+  const TensorView in = view_of(input);
+  const TensorView out = view_of(output);
+  check_alike(in, out);
+  const auto size = static_cast<int64_t>(dtype_size(in.dtype));
+  const int64_t run = in.stride_c == 1 && out.stride_c == 1 ? in.c : 1;
+  for_each_task(torch_executor(), in.n * in.h, [&](int64_t task, int64_t) {
+    const int64_t n = task / in.h;
+    const int64_t row = task % in.h;
+    for (int64_t w = 0; w < in.w; ++w) {
+      char* to = static_cast<char*>(out.data) + out.offset(n, row, w) * size;
+      const char* from = static_cast<const char*>(in.data) + in.offset(n, row, w) * size;
+      for (int64_t c = 0; c < in.c; c += run) {
+        std::memcpy(to + c * out.stride_c * size, from + c * in.stride_c * size, static_cast<size_t>(run * size));
+      }
+    }
+  });
+}
+
 }  // namespace segpose
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) { m.impl("to_contiguous", TORCH_BOX(&segpose::to_contiguous)); }

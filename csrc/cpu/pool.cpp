@@ -171,30 +171,6 @@ void unpool(const TensorView& dy, const TensorView& y, const TensorView& x, cons
   });
 }
 
-// Rows and columns beyond the last whole window are left out.
-void max_pool2x2(const Tensor& input, Tensor output) {
-  STD_TORCH_CHECK(input.dim() == 4 && output.dim() == 4, "segpose: input and output must be 4-D");
-  STD_TORCH_CHECK(output.size(0) == input.size(0) && output.size(1) == input.size(1) &&
-                      output.size(2) == input.size(2) / 2 && output.size(3) == input.size(3) / 2,
-                  "segpose: output must have half the extents of input");
-  STD_TORCH_CHECK(output.scalar_type() == input.scalar_type(), "segpose: input and output must have the same dtype");
-  const TensorView in = view_of(input);
-  const TensorView out = view_of(output);
-  STD_TORCH_CHECK(in.c <= 1 || (in.stride_c == 1 && out.stride_c == 1),
-                  "segpose: the channels of input and output must be adjacent");
-  const Executor executor = torch_executor();
-  switch (in.dtype) {
-    case DType::float32:
-      return pool<float>(in, out, executor, pool_pixel<float>);
-    case DType::float64:
-      return pool<double>(in, out, executor, pool_pixel<double>);
-    case DType::bfloat16:
-      return pool<int16_t>(in, out, executor, pool_pixel<0x7f80>);
-    case DType::float16:
-      return pool<int16_t>(in, out, executor, pool_pixel<0x7c00>);
-  }
-}
-
 void max_pool2x2_backward(const Tensor& grad_output, const Tensor& output, const Tensor& input, Tensor grad_input) {
   const TensorView dy = view_of(grad_output), y = view_of(output), x = view_of(input), dx = view_of(grad_input);
   const auto alike = [](const TensorView& a, const TensorView& b) {
@@ -220,6 +196,31 @@ void max_pool2x2_backward(const Tensor& grad_output, const Tensor& output, const
 }
 
 }  // namespace
+
+// Rows and columns beyond the last whole window are left out.
+void max_pool2x2(const Tensor& input, Tensor output) {
+  STD_TORCH_CHECK(input.dim() == 4 && output.dim() == 4, "segpose: input and output must be 4-D");
+  STD_TORCH_CHECK(output.size(0) == input.size(0) && output.size(1) == input.size(1) &&
+                      output.size(2) == input.size(2) / 2 && output.size(3) == input.size(3) / 2,
+                  "segpose: output must have half the extents of input");
+  STD_TORCH_CHECK(output.scalar_type() == input.scalar_type(), "segpose: input and output must have the same dtype");
+  const TensorView in = view_of(input);
+  const TensorView out = view_of(output);
+  STD_TORCH_CHECK(in.c <= 1 || (in.stride_c == 1 && out.stride_c == 1),
+                  "segpose: the channels of input and output must be adjacent");
+  const Executor executor = torch_executor();
+  switch (in.dtype) {
+    case DType::float32:
+      return pool<float>(in, out, executor, pool_pixel<float>);
+    case DType::float64:
+      return pool<double>(in, out, executor, pool_pixel<double>);
+    case DType::bfloat16:
+      return pool<int16_t>(in, out, executor, pool_pixel<0x7f80>);
+    case DType::float16:
+      return pool<int16_t>(in, out, executor, pool_pixel<0x7c00>);
+  }
+}
+
 }  // namespace segpose
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Inference: convolutions bound to one input shape, with their plan made and their filter packed once, that write where
 // the caller says. Python holds them by number (segpose_kernels/swap/filters.py).
+#include "prepared.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -169,27 +171,6 @@ void check_operand(const Tensor& tensor, const char* name, const Ints& shape, co
   STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), "segpose: ", name, " must have the dtype of weight");
 }
 
-void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
-  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
-  const Tensor& weight = conv->weight.tensor();
-  check_operand(input, "input", conv->input_shape, weight);
-  check_operand(output, "output", conv->output_shape, weight);
-  STD_TORCH_CHECK(to_dtype(weight) == conv->plan.dtype,
-                  "segpose: the dtype of weight has changed since it was prepared");
-  const Executor executor = torch_executor();
-  const Tensor* bias = conv->bias.has_value() ? &conv->bias->tensor() : nullptr;
-  const GatherPass request{&conv->plan,
-                           {view_of(input), nullptr},
-                           filter_of(weight),
-                           conv->packed.has_value() ? conv->packed->data_ptr() : nullptr,
-                           bias != nullptr ? bias->data_ptr() : nullptr,
-                           bias != nullptr ? bias->stride(0) : 0,
-                           view_of(output),
-                           conv->epilogue};
-  const Workspace workspace(gather_workspace(request, executor.workers), weight);
-  run_gather_pass(request, workspace.data(), executor);
-}
-
 // Position of the first whose weight or bias has changed since, or -1.
 int64_t first_stale(Ints handles) {
   for (size_t i = 0; i < handles.size(); ++i) {
@@ -222,6 +203,28 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
 }
 
 }  // namespace
+
+void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
+  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  const Tensor& weight = conv->weight.tensor();
+  check_operand(input, "input", conv->input_shape, weight);
+  check_operand(output, "output", conv->output_shape, weight);
+  STD_TORCH_CHECK(to_dtype(weight) == conv->plan.dtype,
+                  "segpose: the dtype of weight has changed since it was prepared");
+  const Executor executor = torch_executor();
+  const Tensor* bias = conv->bias.has_value() ? &conv->bias->tensor() : nullptr;
+  const GatherPass request{&conv->plan,
+                           {view_of(input), nullptr},
+                           filter_of(weight),
+                           conv->packed.has_value() ? conv->packed->data_ptr() : nullptr,
+                           bias != nullptr ? bias->data_ptr() : nullptr,
+                           bias != nullptr ? bias->stride(0) : 0,
+                           view_of(output),
+                           conv->epilogue};
+  const Workspace workspace(gather_workspace(request, executor.workers), weight);
+  run_gather_pass(request, workspace.data(), executor);
+}
+
 }  // namespace segpose
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {

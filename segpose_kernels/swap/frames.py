@@ -36,6 +36,8 @@ from .steps import CatStep, ConvStep, PoolStep, Step, Steps, fill
 _ALIGNMENT = 64
 # Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
 _LARGE = 32 << 20
+# What the kernels do in a step (csrc/cpu/sequence.cpp).
+CONV, POOL, COPY, TRANSPOSE = range(4)
 
 Shape = tuple[int, ...]
 
@@ -80,28 +82,68 @@ class Instruction:
     Attributes:
         kind: "conv", "pool", "cat", or "step" for one that runs as it is.
         layer: number of the layer of a convolution.
-        expects: what its source must look like, where code of the model made it.
-        new: tensors to allocate first.
-        slices: views to take of them, as (value, root, first channel, channels).
         copies: inputs of a concatenation that lie elsewhere, as (value, first channel, channels).
-        drops: values that nothing reads later.
     """
 
     kind: str = "step"
     layer: int = -1
-    expects: Seen | None = None
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Segment:
+    """Instructions that run in one call, or a step that runs as it is.
+
+    Attributes:
+        position: of the first step.
+        step: the one that runs as it is.
+        expects: what values must look like that code of the model made.
+        new: values to allocate first, in channels_last.
+        slices: views to take of them, as (value, root, first channel, channels).
+        results: values to allocate in torch's default memory format.
+        used: the tensors of the call, by value.
+        code: (kind, layer, number of the tensor read, of the one written) of each instruction.
+        drops: values that nothing reads later.
+    """
+
+    position: int
+    step: Step | None = None
+    expects: list[tuple[int, Seen]] = field(default_factory=list)
     new: list[tuple[int, Seen]] = field(default_factory=list)
     slices: list[tuple[int, int, int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    results: list[tuple[int, Seen]] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    code: list[tuple[int, int, int, int]] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)
+
+    def add(self, kind: int, layer: int, source: int, target: int) -> None:
+        """An instruction between two values."""
+        for index in (source, target):
+            if index not in self.used:
+                self.used.append(index)
+        self.code.append((kind, layer, self.used.index(source), self.used.index(target)))
+
+    def numbers(self, handles: Sequence[int]) -> list[int]:
+        """What the kernels take, for these convolutions."""
+        flat: list[int] = []
+        for kind, layer, source, target in self.code:
+            flat += (kind, handles[layer] if kind == CONV else 0, source, target)
+        return flat
 
 
 class Blueprint:
-    """The placement of all values for one signature of inputs."""
+    """The placement of all values for one signature of inputs.
 
-    def __init__(self, steps: Steps, seen: Sequence[Seen | None]) -> None:
+    With `contiguous` the caller gets results in torch's default memory format: they are written in
+    channels_last like everything else, and transposed at the end.
+    """
+
+    def __init__(
+        self, steps: Steps, seen: Sequence[Seen | None], *, contiguous: bool = False
+    ) -> None:
         self.steps = steps
         self.seen = seen
+        self.contiguous = contiguous
         self.layers: list[Layer] = []
         self.code: list[Instruction] = []
         for step in steps.steps:
@@ -111,10 +153,24 @@ class Blueprint:
         for position in reversed(range(len(self.code))):
             if self.code[position].kind == "cat":
                 self._place_inputs(position)
+        # Values beyond those of the steps: where copies go, and transposed results.
+        self.values = steps.values
+        # Views of a root: (root, first channel, channels) by value.
+        self.views: dict[int, tuple[int, int, int]] = {}
+        for index in self.parents:
+            self.views[index] = (*self._root(index), self._seen(index).shape[1])
+        self.results = [
+            (index, self._new_value()) for index in steps.outputs if self._is_transposed(index)
+        ]
         self.arena: dict[int, int] = {}
         self.arena_bytes = 0
+        self.segments = self._segments()
         self._allocate()
         self._drop()
+
+    def _new_value(self) -> int:
+        self.values += 1
+        return self.values - 1
 
     def _seen(self, index: int) -> Seen:
         seen = self.seen[index]
@@ -140,8 +196,7 @@ class Blueprint:
                 return Instruction()
             source = self._seen(step.reads[0])
             self.layers.append(Layer(step.conv, source.shape, geometry, slope))
-            made_by_us = self._is_ours(step.reads[0]) or step.reads[0] not in self.steps.writers
-            return Instruction("conv", len(self.layers) - 1, None if made_by_us else source)
+            return Instruction("conv", len(self.layers) - 1)
         if isinstance(step, PoolStep):
             return Instruction("pool") if self._is_ours(step.reads[0]) else Instruction()
         if isinstance(step, CatStep):
@@ -159,11 +214,14 @@ class Blueprint:
             and self.code[position].kind != "step"
         )
 
+    def _is_transposed(self, index: int) -> bool:
+        return self.contiguous and self._is_ours(index)
+
     def _is_private(self, index: int) -> bool:
         """Whether only steps of ours see it."""
         return (
             self._is_ours(index)
-            and index not in self.steps.outputs
+            and (index not in self.steps.outputs or self._is_transposed(index))
             and all(self.code[p].kind != "step" for p in self.steps.readers.get(index, ()))
         )
 
@@ -189,11 +247,49 @@ class Blueprint:
         for index in step.reads:
             channels = self._seen(index).shape[1]
             inside = self._is_private(index) and index not in self.parents
-            if inside and (private or self.steps.last_read(index) <= end):
+            if inside and (private or self._last_read(index) <= end):
                 self.parents[index] = step.writes, channel
             else:
                 self.code[position].copies.append((index, channel, channels))
             channel += channels
+
+    def _last_read(self, index: int) -> int:
+        """Position of the last step that reads it; results are transposed after all of them."""
+        if index in self.steps.outputs:
+            return len(self.code)
+        return self.steps.last_read(index)
+
+    def _segments(self) -> list[Segment]:
+        """The instructions, as many together as steps of the model do not come between."""
+        segments: list[Segment] = []
+        for position, (step, instruction) in enumerate(
+            zip(self.steps.steps, self.code, strict=True)
+        ):
+            if instruction.kind == "step":
+                segments.append(Segment(position, step))
+                continue
+            if not segments or segments[-1].step is not None:
+                segments.append(Segment(position))
+            segment = segments[-1]
+            if instruction.kind == "cat":
+                root, offset = self._root(step.writes)
+                for index, first, channels in instruction.copies:
+                    inside = self._new_value()
+                    self.views[inside] = root, offset + first, channels
+                    segment.add(COPY, 0, index, inside)
+            else:
+                kind = CONV if instruction.kind == "conv" else POOL
+                segment.add(kind, instruction.layer, step.reads[0], step.writes)
+            for index in step.reads:
+                # What code of the model made may look different in another run.
+                if not self._is_ours(index) and index in self.steps.writers:
+                    segment.expects.append((index, self._seen(index)))
+        if self.results and (not segments or segments[-1].step is not None):
+            segments.append(Segment(len(self.code)))
+        for index, result in self.results:
+            segments[-1].add(TRANSPOSE, 0, index, result)
+            segments[-1].results.append((result, self._seen(index)))
+        return segments
 
     def _allocate(self) -> None:
         """Give each piece of memory a place in the arena, or an allocation in every run."""
@@ -207,13 +303,15 @@ class Blueprint:
         for root, inside in members.items():
             start = min(steps.writers[index] for index in inside)
             if self._is_private(root):
-                lifetimes[root] = start, max(steps.last_read(index) for index in inside)
+                lifetimes[root] = start, max(self._last_read(index) for index in inside)
                 continue
-            self.code[start].new.append((root, self._seen(root)))
-            for index in inside:
-                if index != root:
-                    channels = self._seen(index).shape[1]
-                    self.code[start].slices.append((index, root, self._root(index)[1], channels))
+            for segment in self.segments:
+                if segment.step is None and segment.position <= start:
+                    home = segment
+            home.new.append((root, self._seen(root)))
+            home.slices += [
+                (index, *place) for index, place in self.views.items() if place[0] == root
+            ]
         self._fill_arena(lifetimes)
 
     def _fill_arena(self, lifetimes: dict[int, tuple[int, int]]) -> None:
@@ -233,12 +331,15 @@ class Blueprint:
 
     def _drop(self) -> None:
         """Let go of what was allocated in the run once nothing reads it."""
-        kept = self.steps.outputs
         for index in range(self.steps.values):
             in_arena = self._is_ours(index) and self._root(index)[0] in self.arena
             position = self.steps.last_read(index)
-            if index not in kept and not in_arena and position >= 0:
-                self.code[position].drops.append(index)
+            if index in self.steps.outputs or in_arena or position < 0:
+                continue
+            for segment in self.segments:
+                if segment.position <= position:
+                    home = segment
+            home.drops.append(index)
 
     def notes(self) -> dict[str, str]:
         """What was done with each convolution besides its filter, by the layer's name."""
@@ -269,25 +370,25 @@ class Frame:
             self.fixed = self._views()
         self.like = {
             seen.dtype: torch.empty(0, dtype=seen.dtype)
-            for code in blueprint.code
-            for _, seen in code.new
+            for segment in blueprint.segments
+            for _, seen in segment.new
         }
         self.forms: list[weakref.ref[Form]] = []
         self.handles: list[int] = []
+        self.codes: list[list[int]] = []
 
     def _views(self) -> list[Tensor | None]:
         blueprint = self.blueprint
-        views: list[Tensor | None] = [None] * blueprint.steps.values
+        views: list[Tensor | None] = [None] * blueprint.values
         for root, begin in blueprint.arena.items():
             seen = blueprint._seen(root)
             flat = self.arena[begin : begin + seen.bytes].view(seen.dtype)
             n, c, h, w = seen.shape
             views[root] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        for index in blueprint.parents:
-            root, first = blueprint._root(index)
+        for index, (root, first, channels) in blueprint.views.items():
             whole = views[root]
             if whole is not None:
-                views[index] = whole.narrow(1, first, blueprint._seen(index).shape[1])
+                views[index] = whole.narrow(1, first, channels)
         return views
 
     def _allocate(self, seen: Seen) -> Tensor:
@@ -301,7 +402,7 @@ class Frame:
         settings: dict[torch.dtype, Settings] = {}
         held = [form() for form in self.forms]
         layers = self.blueprint.layers
-        current = len(held) == len(layers)
+        current = bool(self.codes) and len(held) == len(layers)
         for form, layer in zip(held, layers, strict=False):
             weight, bias = tensors_of(layer.conv)
             key = settings.get(weight.dtype)
@@ -322,6 +423,7 @@ class Frame:
             forms.append(form)
         self.forms = [weakref.ref(form) for form in forms]
         self.handles = [form.handle for form in forms]
+        self.codes = [segment.numbers(self.handles) for segment in self.blueprint.segments]
         return forms
 
     def run(self, inputs: Sequence[Any]) -> Any:
@@ -331,31 +433,24 @@ class Frame:
         values: list[Any] = self.fixed.copy()
         for (_, index), value in zip(steps.parameters, inputs, strict=True):
             values[index] = value
-        run_prepared = torch.ops.segpose.run_prepared.default
-        max_pool2x2 = torch.ops.segpose.max_pool2x2.default
-        for position, code in enumerate(blueprint.code):
-            step = steps.steps[position]
-            for index, seen in code.new:
-                values[index] = self._allocate(seen)
-            for index, root, first, channels in code.slices:
-                values[index] = values[root].narrow(1, first, channels)
-            if code.kind == "conv":
-                source = values[step.reads[0]]
-                if code.expects is not None and see(source) != code.expects:
-                    return self._finish(position, values)
-                run_prepared(self.handles[code.layer], source, values[step.writes])
-            elif code.kind == "pool":
-                max_pool2x2(values[step.reads[0]], values[step.writes])
-            elif code.kind == "cat":
-                result = values[step.writes]
-                for index, first, channels in code.copies:
-                    if see(values[index]) != blueprint.seen[index]:
-                        return self._finish(position, values)
-                    result.narrow(1, first, channels).copy_(values[index])
+        for segment, code in zip(blueprint.segments, self.codes, strict=True):
+            if segment.step is not None:
+                values[segment.step.writes] = segment.step.run(values)
             else:
-                values[step.writes] = step.run(values)
-            for index in code.drops:
+                for index, expected in segment.expects:
+                    if see(values[index]) != expected:
+                        return self._finish(segment.position, values)
+                for index, seen in segment.new:
+                    values[index] = self._allocate(seen)
+                for index, root, first, channels in segment.slices:
+                    values[index] = values[root].narrow(1, first, channels)
+                for index, seen in segment.results:
+                    values[index] = torch.empty(seen.shape, dtype=seen.dtype)
+                _run_steps(code, [values[index] for index in segment.used])
+            for index in segment.drops:
                 values[index] = None
+        for index, result in blueprint.results:
+            values[index] = values[result]
         return fill(steps.output, values)
 
     def _finish(self, position: int, values: list[Any]) -> Any:
@@ -363,6 +458,10 @@ class Frame:
         for step in self.blueprint.steps.steps[position:]:
             values[step.writes] = step.run(values)
         return fill(self.blueprint.steps.output, values)
+
+
+def _run_steps(code: list[int], tensors: list[Tensor]) -> None:
+    torch.ops.segpose.run_steps.default(code, tensors)
 
 
 def first_run(steps: Steps, inputs: Sequence[Any]) -> tuple[Any, list[Seen | None]]:

@@ -20,6 +20,7 @@ from .flatten import Guards, flatten
 from .forward import OwnForward
 from .frames import Blueprint, Frame, first_run
 from .journal import Journal, journal_of
+from .layout import is_contiguous, is_image
 from .steps import CatStep, ConvStep, PoolStep, Steps, make_steps
 from .trace import PLAIN, UntraceableError
 
@@ -48,7 +49,7 @@ class Program:
         blueprint = self._blueprints.get(signature)
         if blueprint is None:
             output, seen = first_run(self.steps, inputs)
-            blueprint = Blueprint(self.steps, seen)
+            blueprint = Blueprint(self.steps, seen, contiguous=signature[0])
             with self._lock:
                 self._blueprints[signature] = blueprint
                 while len(self._blueprints) > SIGNATURES:
@@ -117,11 +118,18 @@ class InferenceForward(OwnForward):
     """
 
     def __init__(
-        self, owner: nn.Module, inner: Callable[..., Any] | None, filters: FilterCache
+        self,
+        owner: nn.Module,
+        inner: Callable[..., Any] | None,
+        filters: FilterCache,
+        *,
+        outermost: bool,
     ) -> None:
         self.owner = owner
         self.inner = inner
         self.filters = filters
+        # The caller of the model gets contiguous results for contiguous inputs.
+        self.outermost = outermost
         self.program: Program | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,7 +160,7 @@ class InferenceForward(OwnForward):
         except UntraceableError:  # a copy that was changed: its modules are right
             return self.plain(*args, **kwargs)
         inputs = self._bind(program, args, kwargs)
-        signature = _signature(inputs) if inputs is not None else None
+        signature = _signature(inputs, self.outermost) if inputs is not None else None
         if inputs is None or signature is None or not program.guards.hold():
             return self.plain(*args, **kwargs)
         if torch.is_grad_enabled() and self._needs_gradient(inputs):
@@ -179,19 +187,23 @@ class InferenceForward(OwnForward):
         )
 
 
-def _signature(inputs: Sequence[Any]) -> Signature | None:
-    """What the placement of values may depend on; None for inputs that it is not made for."""
+def _signature(inputs: Sequence[Any], outermost: bool) -> Signature | None:
+    """What the placement of values may depend on, first whether results have to be contiguous;
+    None for inputs that it is not made for.
+    """
+    contiguous = outermost
     parts: list[Any] = []
     for x in inputs:
         if type(x) is Tensor:
             if x.layout is not torch.strided or x.device.type != "cpu":
                 return None
             parts.append((x.shape, x.dtype))
+            contiguous = contiguous and not (is_image(x) and not is_contiguous(x))
         elif isinstance(x, PLAIN):
             parts.append((type(x), x))
         else:
             return None
-    return tuple(parts)
+    return contiguous, *parts
 
 
 def install(journal: Journal, filters: FilterCache, *, wrapped: bool) -> None:
@@ -211,7 +223,8 @@ def _install(journal: Journal, module: nn.Module, name: str, filters: FilterCach
     ):
         return
     if has_forward(module):
-        forward = InferenceForward(module, vars(module).get("forward"), filters)
+        inner = vars(module).get("forward")
+        forward = InferenceForward(module, inner, filters, outermost=module is journal.owner)
         try:
             program = forward.build()
         except UntraceableError as error:

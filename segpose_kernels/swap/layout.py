@@ -112,13 +112,15 @@ def contiguous_outputs(module: nn.Module, args: Any, kwargs: Any, output: Any) -
     """
     plain = len(args) == 1 and not kwargs and type(args[0]) is type(output) is Tensor
     inputs = args if plain else pytree.tree_leaves((args, kwargs))
-    if any(_is_image(value) and not _is_contiguous(value) for value in inputs):
+    if any(is_image(value) and not is_contiguous(value) for value in inputs):
         return output
     return _contiguous(output) if plain else pytree.tree_map(_contiguous, output)
 
 
-def _is_contiguous(image: Tensor) -> bool:
-    """Not in channels_last, as torch tells the two apart where both fit: by the strides."""
+def is_contiguous(image: Tensor) -> bool:
+    """Whether a 4-d tensor is in torch's default memory format, and not in channels_last as torch
+    tells the two apart where both fit: by the strides.
+    """
     if not image.is_contiguous():
         return False
     channels, pixels = image.shape[1], image.shape[2] * image.shape[3]
@@ -128,11 +130,12 @@ def _is_contiguous(image: Tensor) -> bool:
 
 
 def _contiguous(value: Any) -> Any:
-    if not _is_image(value) or _is_contiguous(value):
+    if not is_image(value) or is_contiguous(value):
         return value
     # One channel: only the strides say channels_last, and a view has others.
     return value.flatten().view(value.shape) if value.is_contiguous() else contiguous(value)
 
 
-def _is_image(value: Any) -> bool:
+def is_image(value: Any) -> bool:
+    """Whether its memory format is kept from the caller."""
     return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
