@@ -87,6 +87,7 @@ PLAN_SOURCES = [
 KERNEL_SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/conv.cpp",
+    "csrc/cpu/depthwise.cpp",
     "csrc/cpu/igemm.cpp",
     "csrc/cpu/layout.cpp",
     "csrc/cpu/packing.cpp",

@@ -79,7 +79,7 @@ std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
   }
   if (plan.panels.empty()) return {0, 0};
   const Panel& panel = plan.panels.front();
-  if (plan.algorithm == Algorithm::depthwise) return {kDepthwiseRows, ukernels<float>(plan.isa).vector_length};
+  if (plan.algorithm == Algorithm::depthwise) return {kDepthwisePixels, ukernels<float>(plan.isa).vector_length};
   const auto rows = [&](const auto& table) -> int64_t {
     if (plan.pass != Pass::wgrad) return table.gemm[panel.tile].mr;
     for (int i = 0; i < table.wgrad_tiles; ++i) {

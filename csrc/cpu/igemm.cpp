@@ -32,12 +32,11 @@ struct Scratch {
   Scratch(const Plan& plan, Arena& arena) {
     int64_t nr = 1;
     for (const Panel& panel : plan.panels) nr = std::max(nr, panel.nr);
-    const bool depthwise = plan.algorithm == Algorithm::depthwise;
     rows.step = plan.block_m;
     rows.sources = arena.take<const T*>(most_taps(plan) * plan.block_m);
     rows.offsets = arena.take<int64_t>(plan.block_m);
     out = arena.take<T*>(plan.block_m);
-    partial = depthwise ? nullptr : arena.take<T>(plan.block_m * nr);
+    partial = arena.take<T>(plan.block_m * nr);
     tile = arena.take<T>(plan.block_m * nr);
     taps = arena.take<int32_t>(most_taps(plan) * plan.block_m);
     tap_counts = arena.take<int64_t>(plan.block_m);
@@ -169,33 +168,6 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
   }
 }
 
-template <class T>
-void run_depthwise_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T>& scratch) {
-  const Plan& plan = *launch.plan;
-  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
-  const Phase& phase = plan.phases[static_cast<size_t>(block.phase)];
-  const int64_t channels = plan.columns();
-  fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
-  const bool direct = launch.destination.has_channel_rows(compute_dtype<T>());
-  set_out_rows(launch, scratch, block.count, 0, channels, direct);
-  DepthwiseArgs<T> args{};
-  args.a_step = scratch.rows.step;
-  args.taps = static_cast<int64_t>(phase.taps.size());
-  args.w = launch.packed + launch.layout->phase_offset(block.phase);
-  args.channels = channels;
-  args.bias = launch.bias;
-  args.activation = launch.epilogue.activation;
-  args.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
-  for (int64_t row = 0; row < block.count; row += kDepthwiseRows) {
-    args.a = scratch.rows.sources + row;
-    args.out = scratch.out + row;
-    kernels.depthwise(args);
-  }
-  if (!direct) {
-    unstage_block(kernels, scratch.tile, channels, block.count, channels, launch.destination, scratch.rows.offsets, 0);
-  }
-}
-
 // Panels outermost: a packed panel stays in cache while the blocks of pixels pass by. Where the panels of all phases
 // fit together, the phases of a block follow each other: they read the same source rows and write neighbouring pixels.
 std::vector<Block> split_blocks(const Plan& plan) {
@@ -247,12 +219,7 @@ void launch_gather(const GatherLaunch<T>& launch, const Executor& executor) {
   for_each_task(executor, static_cast<int64_t>(blocks.size()), [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, arena);
-    const Block& block = blocks[static_cast<size_t>(task)];
-    if (plan.algorithm == Algorithm::depthwise) {
-      run_depthwise_block(launch, block, scratch);
-    } else {
-      run_gemm_block(launch, block, scratch);
-    }
+    run_gemm_block(launch, blocks[static_cast<size_t>(task)], scratch);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "depthwise.h"
 #include "igemm.h"
 #include "packing.h"
 #include "rows_conv.h"
@@ -97,7 +98,9 @@ struct GatherBuffers {
     source = pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(view.c);
-    scratch = arena.take<char>(workers * gather_scratch<T>(*pass.plan));
+    const Plan& plan = *pass.plan;
+    const bool depthwise = plan.algorithm == Algorithm::depthwise;
+    scratch = arena.take<char>(workers * (depthwise ? depthwise_scratch<T>(plan) : gather_scratch<T>(plan)));
   }
 };
 
@@ -118,7 +121,8 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
               buffers.bias);
   }
   std::fill_n(buffers.zeros, source.c, T{0});
-  launch_gather<T>(
+  const auto launch = plan.algorithm == Algorithm::depthwise ? launch_depthwise<T> : launch_gather<T>;
+  launch(
       {&plan, &layout, source, pass.destination, filter, buffers.bias, buffers.zeros, buffers.scratch, pass.epilogue},
       executor);
 }

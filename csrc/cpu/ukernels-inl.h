@@ -272,37 +272,47 @@ void wgrad_tile(const WgradArgs<T>& args) {
   }
 }
 
-template <class T>
-void depthwise_rows(const DepthwiseArgs<T>& args) {
-  constexpr int kRows = kDepthwiseRows;
+// `Pixels` neighbours from `first` on share the loads of their weights.
+template <class T, int Pixels>
+SEGPOSE_INLINE void depthwise_pixels(const DepthwiseArgs<T>& args, int64_t first) {
   constexpr int kLength = Simd<T>::kLength;
   using Vector = typename Simd<T>::Vector;
+  T* const out = args.out + first * args.out_step;
   int64_t channel = 0;
   for (; channel + kLength <= args.channels; channel += kLength) {
-    Vector sums[kRows] = {};
-    for (int64_t tap = 0; tap < args.taps; ++tap) {
-      const Vector w = load<T>(args.w + tap * args.channels + channel);
+    Vector sums[Pixels] = {};
+    for (int64_t tap = 0; tap < args.count; ++tap) {
+      const Vector w = load<T>(args.taps[tap].w + channel);
+      const T* a = args.taps[tap].a + first * args.a_step + channel;
       SEGPOSE_UNROLL
-      for (int m = 0; m < kRows; ++m) sums[m] += load<T>(args.a[tap * args.a_step + m] + channel) * w;
+      for (int m = 0; m < Pixels; ++m) sums[m] += load<T>(a + m * args.a_step) * w;
     }
     Vector bias = {};
     if (args.bias != nullptr) bias = load<T>(args.bias + channel);
     SEGPOSE_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      store<T>(args.out[m] + channel, activate<T>(sums[m] + bias, args.activation, args.negative_slope));
+    for (int m = 0; m < Pixels; ++m) {
+      store<T>(out + m * args.out_step + channel, activate<T>(sums[m] + bias, args.activation, args.negative_slope));
     }
   }
   for (; channel < args.channels; ++channel) {
     SEGPOSE_UNROLL
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < Pixels; ++m) {
       T sum = 0;
-      for (int64_t tap = 0; tap < args.taps; ++tap) {
-        sum += args.a[tap * args.a_step + m][channel] * args.w[tap * args.channels + channel];
+      for (int64_t tap = 0; tap < args.count; ++tap) {
+        sum += args.taps[tap].a[(first + m) * args.a_step + channel] * args.taps[tap].w[channel];
       }
       if (args.bias != nullptr) sum += args.bias[channel];
-      args.out[m][channel] = activate_scalar<T>(sum, args.activation, args.negative_slope);
+      out[m * args.out_step + channel] = activate_scalar<T>(sum, args.activation, args.negative_slope);
     }
   }
+}
+
+template <class T>
+void depthwise_row(const DepthwiseArgs<T>& args) {
+  constexpr int kPixels = kDepthwisePixels;
+  int64_t pixel = 0;
+  for (; pixel + kPixels <= args.pixels; pixel += kPixels) depthwise_pixels<T, kPixels>(args, pixel);
+  for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
 }
 
 template <class T>

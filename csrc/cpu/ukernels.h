@@ -88,14 +88,22 @@ struct WgradTile {
   void (*run)(const WgradArgs<T>&);
 };
 
-// out[row][channel] = act(sum over taps of a[tap][row][channel] * w[tap][channel] + bias[channel]).
+// out[pixel][channel] = act(sum over taps of a[pixel][channel] * w[channel] + bias[channel]), pixels `a_step` and
+// `out_step` apart.
+template <class T>
+struct DepthwiseTap {
+  const T* a;
+  const T* w;
+};
+
 template <class T>
 struct DepthwiseArgs {
-  const T* const* a;  // [taps][kDepthwiseRows]
-  int64_t a_step;     // pointers from one tap to the next
-  int64_t taps;
-  const T* w;  // [taps][channels]
-  T* const* out;
+  const DepthwiseTap<T>* taps;
+  int64_t count;
+  int64_t a_step;
+  T* out;
+  int64_t out_step;
+  int64_t pixels;
   int64_t channels;
   const T* bias;
   Activation activation;
@@ -119,7 +127,7 @@ struct MaskArgs {
 constexpr int kMaxGemmTiles = 3;
 constexpr int kMaxWgradTiles = 12;
 constexpr int kMaxRowsTiles = 10;
-constexpr int kDepthwiseRows = 4;
+constexpr int kDepthwisePixels = 8;
 
 template <class T>
 struct Ukernels {

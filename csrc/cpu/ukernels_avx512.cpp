@@ -47,7 +47,7 @@ constexpr Ukernels<T> table() {
           {rows_entry<T, 14, 2>(), rows_entry<T, 7, 2>(), rows_entry<T, 4, 2>(), rows_entry<T, 2, 2>(),
            rows_entry<T, 1, 2>(), rows_entry<T, 14, 1>(), rows_entry<T, 7, 1>(), rows_entry<T, 4, 1>(),
            rows_entry<T, 2, 1>(), rows_entry<T, 1, 1>()},
-          depthwise_rows<T>,
+          depthwise_row<T>,
           depthwise_wgrad_row<T>,
           load_row<T>,
           store_row<T>,

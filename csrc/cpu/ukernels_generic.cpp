@@ -24,7 +24,7 @@ constexpr Ukernels<T> table() {
           8,
           {rows_entry<T, 4, 2>(), rows_entry<T, 3, 2>(), rows_entry<T, 2, 2>(), rows_entry<T, 1, 2>(),
            rows_entry<T, 8, 1>(), rows_entry<T, 4, 1>(), rows_entry<T, 2, 1>(), rows_entry<T, 1, 1>()},
-          depthwise_rows<T>,
+          depthwise_row<T>,
           depthwise_wgrad_row<T>,
           load_row<T>,
           store_row<T>,
