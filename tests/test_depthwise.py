@@ -35,7 +35,7 @@ def compare(channels: int, size: tuple[int, int], dtype: torch.dtype, **options:
     ]
     plain = F.conv_transpose2d if transposed else F.conv2d
     fused = functional.conv_transpose2d_act if transposed else functional.conv2d_act
-    exact = [t.double().requires_grad_() for t in operands]
+    exact = [t.double().clone().requires_grad_() for t in operands]
     expected = F.leaky_relu(plain(*exact, groups=channels, **options), 0.1)
     grad = torch.randn_like(expected).to(dtype)
     expected.backward(grad.double())
