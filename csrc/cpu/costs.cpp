@@ -117,6 +117,14 @@ bool gathers(const Plan& plan) {
   return channels < kGatherChannels && plan.problem.taps() > 1;
 }
 
+double depthwise_cycles(const Plan& plan) {
+  double terms = 0;
+  for (const Phase& phase : plan.phases) {
+    terms += static_cast<double>(plan.problem.n * phase.rows * phase.cols * static_cast<int64_t>(phase.taps.size()));
+  }
+  return terms * static_cast<double>(plan.problem.groups) * multiply_add_cycles(plan.isa);
+}
+
 double direct_cycles(const Plan& plan, const Widths& widths) {
   const auto panels = split_columns(plan.columns(), widths);
   const double pixels = written_pixels(plan);

@@ -11,6 +11,9 @@ namespace segpose {
 // Whether a direct pass copies the taps of a pixel together: where several share a row and channels are few.
 bool gathers(const Plan& plan);
 
+// Of all passes.
+double depthwise_cycles(const Plan& plan);
+
 // Of fprop and dgrad; the plan has its problem, phases and a direct algorithm.
 double direct_cycles(const Plan& plan, const Widths& widths);
 double rows_cycles(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels);

@@ -124,6 +124,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   const Precision precision = options.precision;
   if (is_depthwise(plan.problem) && plan.problem.groups > 1) {
     plan.algorithm = Algorithm::depthwise;
+    plan.cycles = depthwise_cycles(plan);
     return;
   }
   if (plan.pass == Pass::wgrad) return choose_wgrad(plan, widths, precision, choice);

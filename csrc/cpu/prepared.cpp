@@ -211,7 +211,10 @@ void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
   check_operand(output, "output", conv->output_shape, weight);
   STD_TORCH_CHECK(to_dtype(weight) == conv->plan.dtype,
                   "segpose: the dtype of weight has changed since it was prepared");
-  const Executor executor = torch_executor();
+  // Waking the others takes some microseconds.
+  constexpr double kAloneCycles = 30e3;
+  Executor executor = torch_executor();
+  if (conv->plan.cycles < kAloneCycles) executor.workers = 1;
   const Tensor* bias = conv->bias.has_value() ? &conv->bias->tensor() : nullptr;
   const GatherPass request{&conv->plan,
                            {view_of(input), nullptr},

@@ -111,6 +111,8 @@ def contiguous_outputs(module: nn.Module, args: Any, kwargs: Any, output: Any) -
     So `model(x).view(...)` works as it did before the model ran in channels_last.
     """
     plain = len(args) == 1 and not kwargs and type(args[0]) is type(output) is Tensor
+    if plain and output.dim() == 4 and is_contiguous(output):
+        return output
     inputs = args if plain else pytree.tree_leaves((args, kwargs))
     if any(is_image(value) and not is_contiguous(value) for value in inputs):
         return output
@@ -123,10 +125,12 @@ def is_contiguous(image: Tensor) -> bool:
     """
     if not image.is_contiguous():
         return False
-    channels, pixels = image.shape[1], image.shape[2] * image.shape[3]
-    if channels > 1 and pixels == 1:
+    _, channels, height, width = image.shape
+    if channels > 1:
+        if height * width > 1:
+            return True
         return not image.stride(0) >= image.stride(2) >= image.stride(3) >= channels
-    return not (channels == 1 and image.stride(1) == 1 and pixels > 1)
+    return image.stride(1) != 1 or height * width == 1
 
 
 def _contiguous(value: Any) -> Any:
