@@ -64,6 +64,15 @@ double written_pixels(const Plan& plan) {
   return pixels;
 }
 
+// Pixels that it reads for them.
+double read_taps(const Plan& plan) {
+  double taps = 0;
+  for (const Phase& phase : plan.phases) {
+    taps += static_cast<double>(plan.problem.n * phase.rows * phase.cols * static_cast<int64_t>(phase.taps.size()));
+  }
+  return taps;
+}
+
 // What a multiply-add costs in cycles with vectors of `lanes`, two of them a cycle, at the rate that the GEMMs reach.
 double multiply_add_cycles(Isa isa) {
   const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
@@ -118,20 +127,13 @@ bool gathers(const Plan& plan) {
 }
 
 double depthwise_cycles(const Plan& plan) {
-  double terms = 0;
-  for (const Phase& phase : plan.phases) {
-    terms += static_cast<double>(plan.problem.n * phase.rows * phase.cols * static_cast<int64_t>(phase.taps.size()));
-  }
-  return terms * static_cast<double>(plan.problem.groups) * multiply_add_cycles(plan.isa);
+  return read_taps(plan) * static_cast<double>(plan.problem.groups) * multiply_add_cycles(plan.isa);
 }
 
 double direct_cycles(const Plan& plan, const Widths& widths) {
   const auto panels = split_columns(plan.columns(), widths);
   const double pixels = written_pixels(plan);
-  double terms = 0;
-  for (const Phase& phase : plan.phases) {
-    terms += static_cast<double>(plan.problem.n * phase.rows * phase.cols * static_cast<int64_t>(phase.taps.size()));
-  }
+  const double terms = read_taps(plan);
   const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
   const double tap = gathers(plan) ? kCopyCycles : kPointerCycles;
   const double results = pixels * static_cast<double>(plan.columns() * plan.problem.groups);

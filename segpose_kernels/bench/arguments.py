@@ -147,5 +147,5 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--store-ratios",
         action="store_true",
-        help="store the ratios to torch eager that --gate compares with",
+        help="measure the cases of --gate, and store the ratios that it compares with",
     )

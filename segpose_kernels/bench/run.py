@@ -104,7 +104,8 @@ def _static_gpu_page(arguments: argparse.Namespace) -> int:
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     dtypes = [DTYPES[name] for name in arguments.dtype]
-    tier: Tier = "quick" if arguments.quick or arguments.gate else "full"
+    compares = arguments.gate or arguments.store_ratios
+    tier: Tier = "quick" if arguments.quick or compares else "full"
     known: Sequence[Case] = CASES
     if arguments.goals:
         tier, known = "extra", goal_cases()
