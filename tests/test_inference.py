@@ -481,3 +481,23 @@ def test_many_shapes_keep_few_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert_same(model, plain, x, f"size {size}")
             assert sum(frame.blueprint.arena_bytes for frame in program._idle) <= 200_000
     assert len(program._blueprints) == 8
+
+
+@pytest.mark.parametrize(
+    ("build", "channels"),
+    [(lambda: SegNet(3), 1), (zoo.PoseMachine, 3), (nets.Returned, 3)],
+    ids=["SegNet", "PoseMachine", "Returned"],
+)
+def test_results_keep_the_callers_format_and_their_values(build: Build, channels: int) -> None:
+    """Memory formats as without `optimize`; a later run writes into no result of an earlier one."""
+    model, plain, _ = optimized(build().double())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        images = [torch.randn(2, channels, 28, 28, dtype=torch.float64) for _ in range(4)]
+        images = [image.contiguous(memory_format=memory_format) for image in images]
+        with torch.no_grad():
+            results = [leaves(model(image)) for image in images]
+            for image, found in zip(images, results, strict=True):
+                for value, expected in zip(found, leaves(plain(image)), strict=True):
+                    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+                    if image.is_contiguous():
+                        assert value.is_contiguous()

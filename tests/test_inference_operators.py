@@ -53,6 +53,16 @@ def test_contiguous_results(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert torch.equal(found, x)
 
 
+def test_contiguous_results_of_any_strides() -> None:
+    """Those of extents of one say nothing."""
+    for shape, strides in (((2, 8, 1, 5), (40, 1, 3, 8)), ((2, 8, 5, 1), (40, 1, 8, 3))):
+        x = torch.randn(80).as_strided(shape, strides)
+        assert torch.equal(contiguous(x), x)
+        out = torch.empty(shape)
+        torch.ops.segpose.run_steps([TRANSPOSE, 0, 0, 1], [x, out])
+        assert torch.equal(out, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_in_one_call(dtype: torch.dtype) -> None:
     """A convolution into a concatenation, a copy beside it, a pool, and a contiguous result."""

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "integers.h"
+
 namespace segpose {
 namespace {
 
@@ -20,8 +22,6 @@ std::vector<AxisTap> axis_taps(int64_t first, int64_t extent, int64_t stride, in
   }
   return taps;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

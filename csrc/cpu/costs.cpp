@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
@@ -45,8 +47,6 @@ constexpr double kStageCycles = 0.25;
 constexpr double kConvertCycles = 1;
 // Of packing 16 values of a filter into tiles.
 constexpr double kPackCycles = 25;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 double filter_values(const ConvProblem& problem) {
   return static_cast<double>(problem.taps() * problem.c_per_group() * problem.k);

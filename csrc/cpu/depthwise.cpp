@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/integers.h"
 #include "row_table.h"
 #include "staging.h"
 
@@ -15,14 +16,6 @@ constexpr int64_t kTaskValues = 64 << 10;
 // Pixels on their way to another layout or dtype.
 constexpr int64_t kRun = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t most_taps(const Plan& plan) {
-  size_t most = 1;
-  for (const Phase& phase : plan.phases) most = std::max(most, phase.taps.size());
-  return static_cast<int64_t>(most);
-}
-
 template <class T>
 struct Scratch {
   DepthwiseTap<T>* taps;
@@ -30,7 +23,7 @@ struct Scratch {
   int64_t* offsets;
 
   Scratch(const Plan& plan, Arena& arena) {
-    taps = arena.take<DepthwiseTap<T>>(most_taps(plan));
+    taps = arena.take<DepthwiseTap<T>>(plan.most_taps());
     tile = arena.take<T>(kRun * plan.columns());
     offsets = arena.take<int64_t>(kRun);
   }

@@ -3,19 +3,12 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
 #include "row_table.h"
 #include "staging.h"
 
 namespace segpose {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t most_taps(const Plan& plan) {
-  size_t most = 1;
-  for (const Phase& phase : plan.phases) most = std::max(most, phase.taps.size());
-  return static_cast<int64_t>(most);
-}
 
 // What one worker needs for a block of destination pixels.
 template <class T>
@@ -33,17 +26,17 @@ struct Scratch {
     int64_t nr = 1;
     for (const Panel& panel : plan.panels) nr = std::max(nr, panel.nr);
     rows.step = plan.block_m;
-    rows.sources = arena.take<const T*>(most_taps(plan) * plan.block_m);
+    rows.sources = arena.take<const T*>(plan.most_taps() * plan.block_m);
     rows.offsets = arena.take<int64_t>(plan.block_m);
     out = arena.take<T*>(plan.block_m);
     partial = arena.take<T>(plan.block_m * nr);
     tile = arena.take<T>(plan.block_m * nr);
-    taps = arena.take<int32_t>(most_taps(plan) * plan.block_m);
+    taps = arena.take<int32_t>(plan.most_taps() * plan.block_m);
     tap_counts = arena.take<int64_t>(plan.block_m);
     gathered = nullptr;
     flat = nullptr;
     if (plan.algorithm == Algorithm::gathered) {
-      gathered = arena.take<T>(plan.block_m * most_taps(plan) * plan.depth());
+      gathered = arena.take<T>(plan.block_m * plan.most_taps() * plan.depth());
       flat = arena.take<const T*>(plan.block_m);
     }
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/integers.h"
 #include "prepared.h"
 #include "ukernels.h"
 
@@ -47,12 +48,13 @@ void transpose_images(const TensorView& in, const TensorView& out, const Executo
   // Pixels of a task; a multiple of every vector.
   constexpr int64_t kPixels = 512;
   const int64_t pixels = in.h * in.w;
-  const int64_t pieces = (pixels + kPixels - 1) / kPixels;
+  const int64_t pieces = ceil_div(pixels, kPixels);
+  const int64_t step = in.w > 1 ? in.stride_w : in.stride_h;
   for_each_task(executor, in.n * pieces, [&](int64_t task, int64_t) {
     const int64_t n = task / pieces;
     const int64_t first = task % pieces * kPixels;
     const int64_t count = std::min(pixels - first, kPixels);
-    transpose(in.as<const T>() + n * in.stride_n + first * in.stride_w, in.stride_w, count, in.c,
+    transpose(in.as<const T>() + n * in.stride_n + first * step, step, count, in.c,
               out.as<T>() + n * out.stride_n + first, pixels);
   });
 }
@@ -76,7 +78,7 @@ void write_contiguous(const Tensor& input, Tensor output) {
   const TensorView in = view_of(input);
   const TensorView out = view_of(output);
   check_alike(in, out);
-  STD_TORCH_CHECK((in.stride_c == 1 || in.c == 1) && in.stride_h == in.w * in.stride_w,
+  STD_TORCH_CHECK((in.stride_c == 1 || in.c == 1) && (in.h == 1 || in.w == 1 || in.stride_h == in.w * in.stride_w),
                   "segpose: input must be channels_last");
   STD_TORCH_CHECK(output.is_contiguous(), "segpose: output must be contiguous");
   if (input.numel() == 0) return;

@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../common/integers.h"
 #include "costs.h"
 #include "panels.h"
 #include "ukernels.h"
@@ -31,8 +32,6 @@ constexpr int64_t kRowsSteps = 2048;
 // Partial sums of a wgrad over bands of rows; and what the wgrad of whole layers took over its prediction, beside AMX.
 constexpr double kWinogradWgrad = 1.5;
 constexpr int64_t kRowsWgradValues = 1 << 20;
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // dgrad's phases. A single source row reaches each destination row by one tap at most: with a stride larger than all
 // distances every row is a phase of its own, and no tap reads padding.
@@ -135,9 +134,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = direct;
   choice.forced = options.algorithm == plan.algorithm;
-  int64_t most_taps = 0;
-  for (const Phase& phase : plan.phases) most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
-  if (plan.problem.n > 0 && (most_taps * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
+  if (plan.problem.n > 0 && (plan.most_taps() * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
     const bool wide = plan.dtype == DType::float64;
     const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
     const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);
@@ -191,11 +188,10 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
     plan.panels = split_columns(plan.columns(), widths);
   }
   int64_t most_rows = 1;
-  int64_t most_taps = 1;
+  const int64_t most_taps = plan.most_taps();
   int64_t blocks = 0;
   for (const Phase& phase : plan.phases) {
     most_rows = std::max(most_rows, plan.problem.n * phase.rows * phase.cols);
-    most_taps = std::max(most_taps, static_cast<int64_t>(phase.taps.size()));
   }
   plan.block_m = std::min(kBlockM, round_up(most_rows, kRowMultiple));
   const auto count_blocks = [&] {
@@ -315,6 +311,12 @@ int64_t Plan::padded_columns() const {
   if (algorithm == Algorithm::split) return split.panels * 2 * kTileColumns;
   if (packs_source()) return transform.panels * transform.panel_columns;
   return panels.empty() ? 0 : panels.back().column + panels.back().nr;
+}
+
+int64_t Plan::most_taps() const {
+  size_t most = 1;
+  for (const Phase& phase : phases) most = std::max(most, phase.taps.size());
+  return static_cast<int64_t>(most);
 }
 
 Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, const PlanOptions& options) {

@@ -67,6 +67,7 @@ struct Plan {
   int64_t columns() const;
   int64_t depth() const;
   int64_t padded_columns() const;  // whole panels
+  int64_t most_taps() const;       // of a phase, at least 1
 
   bool transforms() const { return algorithm == Algorithm::winograd || algorithm == Algorithm::fourier; }
   // Packs its source, and its filter in an own layout.

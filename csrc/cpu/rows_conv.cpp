@@ -3,12 +3,11 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
 #include "rows_stage.h"
 
 namespace segpose {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pixels of a line of tiles: the columns of a row, or the images of a task.
 int64_t most_pixels(const Plan& plan) {

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr int64_t kTasks = 16;
 constexpr int64_t kNarrow = 4;
 // Images side by side: the height of a tile (see Ukernels::rows).
 constexpr int64_t kImageTile = 7;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

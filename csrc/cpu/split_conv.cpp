@@ -3,12 +3,12 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
 constexpr int64_t kPanelColumns = 32;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kAnyRow = -1;
 

@@ -4,12 +4,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/integers.h"
 #include "packing.h"
 
 namespace segpose {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Columns [begin, end) of a plane row lie inside the source.
 struct Inside {

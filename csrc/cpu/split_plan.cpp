@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
@@ -22,8 +24,6 @@ constexpr int64_t kWgradBlockBytes = 1 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinPixels = 128;
 constexpr int64_t kResidentFilterBytes = 1280 << 10;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::vector<PlaneStep> make_steps(const std::vector<PlaneTap>& taps, int64_t unit) {
   const int64_t window = kTileDepth / unit;

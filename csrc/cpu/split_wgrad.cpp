@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
 constexpr int64_t kLine = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A tile of columns: 16 channels of the plane that a tap reads.
 struct Column {

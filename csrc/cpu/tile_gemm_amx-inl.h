@@ -43,7 +43,8 @@ struct Products<3> {
 };
 
 // Without a tile store among them, more than 128 tile products make the next one wait for about 900 cycles (measured;
-// the manuals do not mention it): 15% of a sum over 36 steps of a 2 x 2. A store of any tile counts.
+// the manuals do not mention it): a 2 x 2 takes 6.7 ns a product over 32 steps and 8.8 over 36. A store of any tile
+// counts.
 constexpr int kProductsBetweenStores = 80;
 
 // The block of the next panel that takes this one's place: products leave the loads of memory time to arrive.

@@ -4,14 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/integers.h"
 #include "split_ukernels.h"
 #include "tile_reader.h"
 
 namespace segpose {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Extents of a block's transformed input V and products P, in bytes. Frequencies lie one cache line more than their
 // size apart: those of a tile must not share cache sets.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/integers.h"
 #include "packing.h"
 #include "split_ukernels.h"
 #include "transform_conv.h"
@@ -12,8 +13,6 @@ namespace {
 // Channels of a filter that are gathered before they are transformed.
 constexpr int64_t kChannels = 32;
 constexpr int64_t kSkewBytes = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

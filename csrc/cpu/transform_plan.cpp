@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
 #include "split_ukernels.h"
 
 namespace segpose {
@@ -40,9 +41,6 @@ constexpr double kFourierCycles = 15;
 constexpr double kFilterCycles = 14;
 constexpr double kBlockCycles = 8e3;
 constexpr double kSplitFilterCycles = 18;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Edge of the phase's taps when they are a dense square at unit stride, else 0.
 int64_t dense_edge(const Phase& phase) {

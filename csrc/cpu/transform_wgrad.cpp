@@ -3,12 +3,11 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
 #include "tile_reader.h"
 
 namespace segpose {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Extents in floats of a block of channels and filters. X: transformed tiles of the activation, G: of the gradient,
 // [frequency][line][tile][parts][vector]; S: sums [frequency][channel][filter line][parts][vector]. All three stay in

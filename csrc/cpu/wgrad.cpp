@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../common/integers.h"
 #include "row_table.h"
 #include "rows_stage.h"
 
@@ -11,8 +12,6 @@ namespace {
 
 // Values that one thread adds before another has woken up.
 constexpr int64_t kSerialValues = 32 << 10;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathered; }
 

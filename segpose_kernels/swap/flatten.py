@@ -90,23 +90,14 @@ class Guards:
         ]
 
     def hold(self) -> bool:
-        # Loops: generators would take three times as long, in every run.
-        for hooks in self.hooks:
-            if hooks:
-                return False
-        for state, forward in self.forwards:
-            if state.get("forward") is not forward:
-                return False
-        for table, name, child in self.children:
-            if table.get(name) is not child:
-                return False
-        for owner in self.owners:
-            if owner.training:
-                return False
-        for owner, name, value in self.reads:
-            if getattr(owner, name, _MISSING) != value:
-                return False
-        return not _has_any_global_hook()
+        return (
+            not any(self.hooks)
+            and not _has_any_global_hook()
+            and all(state.get("forward") is forward for state, forward in self.forwards)
+            and all(table.get(name) is child for table, name, child in self.children)
+            and not any(owner.training for owner in self.owners)
+            and all(getattr(owner, name, _MISSING) == value for owner, name, value in self.reads)
+        )
 
 
 @dataclass

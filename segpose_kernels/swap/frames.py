@@ -430,6 +430,7 @@ class Frame:
         """The model's output. The forms must be held by the caller."""
         blueprint = self.blueprint
         steps = blueprint.steps
+        run_steps = torch.ops.segpose.run_steps.default
         values: list[Any] = self.fixed.copy()
         for (_, index), value in zip(steps.parameters, inputs, strict=True):
             values[index] = value
@@ -446,7 +447,7 @@ class Frame:
                     values[index] = values[root].narrow(1, first, channels)
                 for index, seen in segment.results:
                     values[index] = torch.empty(seen.shape, dtype=seen.dtype)
-                _run_steps(code, [values[index] for index in segment.used])
+                run_steps(code, [values[index] for index in segment.used])
             for index in segment.drops:
                 values[index] = None
         for index, result in blueprint.results:
@@ -458,10 +459,6 @@ class Frame:
         for step in self.blueprint.steps.steps[position:]:
             values[step.writes] = step.run(values)
         return fill(self.blueprint.steps.output, values)
-
-
-def _run_steps(code: list[int], tensors: list[Tensor]) -> None:
-    torch.ops.segpose.run_steps.default(code, tensors)
 
 
 def first_run(steps: Steps, inputs: Sequence[Any]) -> tuple[Any, list[Seen | None]]:
