@@ -12,6 +12,18 @@
 #pragma GCC target("avx2,fma,f16c")
 namespace segpose::avx2 {
 
+// Stores piece by piece make GCC 12 keep the accumulators of 6 x 2 tiles in memory: Mask R-CNN's head took 10.8 ms
+// instead of 4.5 (two threads).
+__attribute__((always_inline)) inline void masked_store(float* destination, __m256 value, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_maskstore_ps(destination, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes), value);
+}
+__attribute__((always_inline)) inline void masked_store(double* destination, __m256d value, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+  _mm256_maskstore_pd(destination, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes), value);
+}
+#define SEGPOSE_MASKED_STORE masked_store
+
 // clang-format off: the second text uses the first
 #include "ukernels-inl.h"
 #include "staging-inl.h"
