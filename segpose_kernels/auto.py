@@ -3,11 +3,12 @@
 
 1. A backend named by the call, or else by SEGPOSE_BACKEND, runs it, or says why it cannot.
 2. With `segpose_kernels.benchmark = True` the fastest measured one runs it (fastest.py).
-3. Otherwise, by what the kernels are made of, not by measurements:
+3. Otherwise:
    - "aten" for dtypes without kernels and devices older than compute capability 8.0;
-   - "triton" on 9.x and 10.x for large tiles (one group, at least 64 channels in and out; float16,
-     bfloat16, or float32 as TF32): there it reaches wgmma and newer tensor-core instructions, which
-     the C++ kernels do not use;
+   - "triton" on 9.x and 10.x for problems that fill tensor-core tiles (one group, at least 16
+     channels in and out and 64 on one side; float16, bfloat16, or float32 as TF32): there it
+     reaches wgmma and newer tensor-core instructions, which the C++ kernels do not use. On an H200
+     it is up to twice as fast, and slower with fewer channels (docs/gpu.md);
    - "cuda" for everything else, and "triton" where the C++ library was built without CUDA; float64
      then runs on "aten", since Triton's float64 kernels are made for checks, not for speed.
 """
@@ -27,7 +28,8 @@ from .triton.device import device_of, float32_precision
 __all__ = ["LARGE_CHANNELS", "choose", "choose_for_compile", "is_large", "triton_op"]
 
 OLDEST = (8, 0)
-LARGE_CHANNELS = 64
+LARGE_CHANNELS = 64  # on one side at least
+FEW_CHANNELS = 16  # below these on either side tensor-core tiles are mostly padding
 # Architectures whose tensor-core instructions only Triton's compiler reaches.
 _WARPGROUP_MAJORS = (9, 10)
 
@@ -49,13 +51,15 @@ def triton_op(label: str) -> NativeOp:
 
 
 def is_large(weight: Tensor, groups: int) -> bool:
-    """Whether a problem fills wide tiles. Branches, so that a symbolic size becomes a guard."""
+    """Whether a problem fills tensor-core tiles. Branches: a symbolic size becomes a guard."""
     if groups != 1:
         return False
-    for channels in (weight.shape[0], weight.shape[1]):  # noqa: SIM110 - see above
-        if channels < LARGE_CHANNELS:
-            return False
-    return True
+    k, c = weight.shape[0], weight.shape[1]
+    if k < FEW_CHANNELS or c < FEW_CHANNELS:
+        return False
+    if k >= LARGE_CHANNELS or c >= LARGE_CHANNELS:  # noqa: SIM103 - see above
+        return True
+    return False
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, large: bool) -> str:

@@ -30,7 +30,7 @@ from segpose_kernels.testing.numerics import (
     assert_results_match,
 )
 from segpose_kernels.testing.spec import ConvSpec, ConvTensors
-from segpose_kernels.triton import ops, tiles
+from segpose_kernels.triton import calls, tiles
 from segpose_kernels.triton import plan as plans
 from segpose_kernels.triton.launch import launch_gather, launch_wgrad
 from segpose_kernels.triton.plan import Choice, Epilogue, Operands
@@ -208,13 +208,10 @@ EDGES = tuple(
 @pytest.fixture
 def everything_is_wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans as for tensors of 2**31 elements; none of them is remembered."""
-    known = ops._known_gather_plan, ops._known_wgrad_plan
     monkeypatch.setattr(plans, "_INT32_LIMIT", 1)
-    for cache in known:
-        cache.cache_clear()
+    calls.forget()
     yield
-    for cache in known:
-        cache.cache_clear()
+    calls.forget()
 
 
 @pytest.mark.usefixtures("everything_is_wide")

@@ -169,6 +169,20 @@ FAULTS = (
         "splits",
     ),
     Fault(
+        "pixels-stay-on-their-line",
+        "kernels",
+        "p = tl.where(carry, p + 1, p) + step_p",
+        "p = p + step_p",
+        "conv-k1s1",
+    ),
+    Fault(
+        "lines-stay-in-their-image",
+        "kernels",
+        "image = tl.where(carry, image + 1, image) + step_image",
+        "image = image + step_image",
+        "conv-k1s1",
+    ),
+    Fault(
         "last-part-not-summed",
         "pointwise",
         "for split in range(splits):",

@@ -150,8 +150,8 @@ def test_large_problems_get_large_tiles_and_small_ones_fill_the_device() -> None
     small = plan_gather(conv(256, 256, 14), "fprop", HALF, PLAIN)
     assert large.tile is not None
     assert small.tile is not None
-    assert large.tile.m * large.tile.n == 128 * 128
-    assert small.tile.m * small.tile.n < 128 * 128
+    assert large.tile.m * large.tile.n >= 128 * 64
+    assert small.tile.m * small.tile.n < 128 * 64
     assert small.grid > large.tile.m // 8
     hopper = plan_gather(conv(256, 256, 64, 16), "fprop", replace(HALF, device=H100), PLAIN)
     assert hopper.tile is not None

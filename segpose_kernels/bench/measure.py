@@ -37,8 +37,9 @@ _ALLOWED = {
 }
 
 
-# On CUDA torch computes float32 convolutions in TF32, with 10 bits behind the point, by default.
-_ALLOWED_TF32 = (2e-3, 1e-2, 1e-2, 2e-1)
+# On CUDA torch computes float32 convolutions in TF32, with 10 bits behind the point, by default;
+# Triton's kernels cut the others off where cuDNN's round.
+_ALLOWED_TF32 = (2e-3, 3e-2, 3e-2, 2e-1)
 
 
 class WrongResult(Exception):  # noqa: N818 - reads as what it is

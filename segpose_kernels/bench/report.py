@@ -213,7 +213,8 @@ def _short(cases: Sequence[CaseResult]) -> Table:
     header = ("", "dtype", "mode", "ms", "fastest alternative", "ms", "ratio", "peak MiB (eager)")
     rows = []
     for case in cases:
-        ours, peer = case.ours, case.fastest_peer
+        peer = case.fastest_peer
+        ours = case.ours_against(peer)
         if ours is None or peer is None:
             continue
         times = format_seconds(ours.time.value), peer.contender, format_seconds(peer.time.value)

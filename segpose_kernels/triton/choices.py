@@ -31,7 +31,7 @@ from .tiles import Tile
 __all__ = ["gather_key", "generation", "recall", "remember", "store_of", "wgrad_key"]
 
 _SOURCES = (
-    *("geometry", "kernels", "direct", "pointwise", "tiles"),
+    *("geometry", "kernels", "direct", "pointwise", "tiles", "tile_costs"),
     *("plan", "plan_gather", "plan_wgrad", "plan_pointwise"),
 )
 

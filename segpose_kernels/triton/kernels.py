@@ -245,6 +245,8 @@ def wgrad_kernel(
     K_ALIGN: tl.constexpr,
     C_ALIGN: tl.constexpr,
     FLAT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     MASK_X: tl.constexpr,
     MASK_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -312,27 +314,41 @@ def wgrad_kernel(
     dw = (tap % kernel_w) * dilation_w - pad_w
     x_c = groups * c_count
     x_column = (tl.cast(dh, index) * x_w + dw) * x_c + group * c_count + c
-    reciprocal_q = reciprocal_of(y_q)
-    reciprocal_p = reciprocal_of(y_p)
+    # Positions of the first pixels; from step to step they move on by carries, not by divisions.
+    line, q = divide(begin + element, y_q, reciprocal_of(y_q), WIDE)
+    image, p = divide(line, y_p, reciprocal_of(y_p), WIDE)
+    lines = BLOCK_K // y_q
+    step_q = BLOCK_K % y_q
+    step_p = lines % y_p
+    step_image = lines // y_p
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_K):
         pixel = first + element
         in_pixels = pixel < end
         y_offset = y_column[:, None] + pixel[None, :] * y_c
-        y_mask = in_k[:, None] & in_pixels[None, :]
+        y_mask = in_pixels[None, :]
+        if not EVEN_M:
+            y_mask &= in_k[:, None]
         y = tl.load(y_ptr + y_offset, mask=y_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        line, q = divide(pixel, y_q, reciprocal_q, WIDE)
-        image, p = divide(line, y_p, reciprocal_p, WIDE)
         h = (p * stride_h).to(tl.int32)
         w = (q * stride_w).to(tl.int32)
         x_row = ((image * x_h + h) * x_w + w) * x_c
         h = tl.where(in_pixels, h, -(1 << 30))
+        q += step_q
+        carry = q >= y_q
+        q = tl.where(carry, q - y_q, q)
+        p = tl.where(carry, p + 1, p) + step_p
+        carry = p >= y_p
+        p = tl.where(carry, p - y_p, p)
+        image = tl.where(carry, image + 1, image) + step_image
         if FLAT:
             x_mask = is_inside(h[:, None] + dh[None, :], x_h)
             x_mask &= is_inside(w[:, None] + dw[None, :], x_w) & in_n[None, :]
         else:
-            x_mask = (is_inside(h + dh, x_h) & is_inside(w + dw, x_w))[:, None] & in_n[None, :]
+            x_mask = (is_inside(h + dh, x_h) & is_inside(w + dw, x_w))[:, None]
+            if not EVEN_N:
+                x_mask &= in_n[None, :]
         x_offset = x_row[:, None] + x_column[None, :]
         x = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         if MASK_SLOPE != 1:

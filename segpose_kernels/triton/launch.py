@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """plan -> launch: brings tensors into the kernels' layouts, allocates, and starts kernels.
 
-Every kernel starts in `start`. Everything here is traceable: torch.compile records the tensor
-operations and one node for each launch.
+Everything here is traceable: torch.compile records the tensor operations and one node for each
+launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .direct import direct_kernel, direct_wgrad_kernel
 from .kernels import igemm_kernel, wgrad_kernel
+from .plan import Arguments
 from .plan_gather import GatherPlan
 from .plan_pointwise import MaskPlan, PointwisePlan
 from .plan_wgrad import WgradPlan
 from .pointwise import bias_activation_kernel, mask_kernel, reduce_kernel
 from .problem import ConvProblem
+from .start import start, wrap_triton
 from .tiles import ceil_div
 
 __all__ = [
@@ -29,29 +30,9 @@ __all__ = [
     "launch_mask",
     "launch_wgrad",
     "nhwc",
-    "start",
 ]
 
 _REDUCE_BLOCK = 256
-
-
-def start(
-    kernel: Any, grid: int, tensors: Mapping[str, Tensor | None], arguments: Mapping[str, Any]
-) -> None:
-    """Start a kernel on the current stream of its tensors' device, or record it while tracing."""
-    if type(kernel).__name__ == "TraceableTritonKernelWrapper":
-        kernel[(grid,)](**tensors, **arguments)
-        return
-    if grid == 0:
-        return
-    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
-    with torch.cuda.device(device):
-        kernel[(grid,)](**tensors, **arguments)
-
-
-def _arguments(plan: GatherPlan | WgradPlan | MaskPlan | PointwisePlan) -> dict[str, Any]:
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
-    return {**plan.integers, **plan.constants, **options}
 
 
 def nhwc(tensor: Tensor) -> Tensor:
@@ -127,9 +108,9 @@ def launch_gather(
         "out_ptr": out,
     }
     if plan.kernel == "direct":
-        start(wrap_triton(direct_kernel), plan.grid, tensors, _arguments(plan))
+        start(wrap_triton(direct_kernel), plan.grid, tensors, plan.arguments)
     else:
-        start(wrap_triton(igemm_kernel), plan.grid, tensors, _arguments(plan))
+        start(wrap_triton(igemm_kernel), plan.grid, tensors, plan.arguments)
     return _deliver(out, target)
 
 
@@ -153,7 +134,6 @@ def _reduce(
 ) -> None:
     if splits == 1:
         return
-    tiles = ceil_div(out.numel(), _REDUCE_BLOCK)
     bias_count = 0 if bias_out is None else bias_out.numel()
     tensors = {
         "parts_ptr": parts,
@@ -161,17 +141,22 @@ def _reduce(
         "bias_parts_ptr": bias_parts,
         "bias_out_ptr": bias_out,
     }
-    arguments = {
-        "count": out.numel(),
-        "bias_count": bias_count,
-        "splits": splits,
-        "tiles": tiles,
-        "BLOCK": _REDUCE_BLOCK,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-    grid = tiles + ceil_div(bias_count, _REDUCE_BLOCK)
+    arguments = _reduce_arguments(out.numel(), bias_count, splits)
+    grid = arguments["tiles"] + ceil_div(bias_count, _REDUCE_BLOCK)
     start(wrap_triton(reduce_kernel), grid, tensors, arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_arguments(count: int, bias_count: int, splits: int) -> Arguments:
+    return Arguments(
+        count=count,
+        bias_count=bias_count,
+        splits=splits,
+        tiles=ceil_div(count, _REDUCE_BLOCK),
+        BLOCK=_REDUCE_BLOCK,
+        num_warps=4,
+        num_stages=2,
+    )
 
 
 def launch_wgrad(
@@ -198,10 +183,10 @@ def launch_wgrad(
         "out_ptr": parts,
     }
     if plan.kernel == "direct":
-        start(wrap_triton(direct_wgrad_kernel), plan.grid, tensors, _arguments(plan))
+        start(wrap_triton(direct_wgrad_kernel), plan.grid, tensors, plan.arguments)
     else:
         tensors["bias_out_ptr"] = bias_parts
-        start(wrap_triton(wgrad_kernel), plan.grid, tensors, _arguments(plan))
+        start(wrap_triton(wgrad_kernel), plan.grid, tensors, plan.arguments)
     _reduce(plan.splits, parts, out, bias_parts, bias_out)
     if padded:
         out = out[:k, :c]
@@ -221,7 +206,7 @@ def launch_mask(
     total = grad.new_empty(grad.shape[1]) if plan.sums else None
     parts = None if total is None else _parts(plan.splits, total)
     tensors = {"grad_ptr": grad, "saved_ptr": saved, "out_ptr": masked, "sums_out_ptr": parts}
-    start(wrap_triton(mask_kernel), plan.grid, tensors, _arguments(plan))
+    start(wrap_triton(mask_kernel), plan.grid, tensors, plan.arguments)
     if parts is not None and total is not None:
         _reduce(plan.splits, parts, total)
     return grad if masked is None else masked, total
@@ -230,4 +215,4 @@ def launch_mask(
 def launch_bias_activation(plan: PointwisePlan, y: Tensor, bias: Tensor | None) -> None:
     """y = act(y + bias) in place, for y dense in channels_last or contiguous, as planned."""
     tensors = {"y_ptr": y, "bias_ptr": bias}
-    start(wrap_triton(bias_activation_kernel), plan.grid, tensors, _arguments(plan))
+    start(wrap_triton(bias_activation_kernel), plan.grid, tensors, plan.arguments)

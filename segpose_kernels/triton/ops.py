@@ -7,9 +7,7 @@ Same schemas, same fakes, same derivatives (segpose_kernels/autograd.py). They a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +16,9 @@ from torch.library import triton_op
 
 from ..autograd import make_ops
 from ..backends import SCHEMAS
-from ..checks import NATIVE_DTYPES, check_conv2d, check_conv_transpose2d
-from ..shapes import conv_extents, conv_transpose_extents, empty_output
-from . import choices
-from .device import device_of, float32_precision
+from ..checks import check_conv2d, check_conv_transpose2d
+from ..shapes import empty_output
+from .calls import BackwardPasses, Call, backward_passes, forward_pass
 from .launch import (
     launch_bias_activation,
     launch_gather,
@@ -31,89 +28,18 @@ from .launch import (
     with_channels,
 )
 from .library import library_gather, library_wgrad
-from .plan import Direction, Epilogue, Operands
-from .plan_gather import GatherPlan, plan_gather
-from .plan_pointwise import MaskPlan, mask_first, plan_bias_activation, plan_mask
-from .plan_wgrad import WgradPlan, plan_wgrad
-from .problem import ConvProblem
+from .plan_gather import GatherPlan
+from .plan_pointwise import plan_bias_activation
+from .plan_wgrad import WgradPlan
 
 __all__ = ["NAMESPACE", "triton_ops"]
 
 NAMESPACE = "segpose_triton"
 
 Grads = tuple[Tensor, Tensor, Tensor]
-Needs = tuple[bool, bool, bool]
-
-
-# Plans, remembered --------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096)
-def _known_gather_plan(
-    problem: ConvProblem,
-    direction: Direction,
-    operands: Operands,
-    epilogue: Epilogue,
-    generation: int,
-) -> GatherPlan:
-    choice = choices.recall(operands, choices.gather_key(problem, direction, operands, epilogue))
-    return plan_gather(problem, direction, operands, epilogue, choice)
-
-
-def gather_plan(
-    problem: ConvProblem, direction: Direction, operands: Operands, epilogue: Epilogue
-) -> GatherPlan:
-    """The plan for fprop or dgrad: what tuning has chosen, or the default."""
-    if not problem.is_concrete:
-        return plan_gather(problem, direction, operands, epilogue)
-    return _known_gather_plan(problem, direction, operands, epilogue, choices.generation())
-
-
-@functools.lru_cache(maxsize=4096)
-def _known_wgrad_plan(
-    problem: ConvProblem,
-    operands: Operands,
-    bias: bool,
-    mask_x: bool,
-    mask_slope: float,
-    generation: int,
-) -> WgradPlan:
-    choice = choices.recall(operands, choices.wgrad_key(problem, operands, mask_slope != 1))
-    return plan_wgrad(
-        problem, operands, bias=bias, mask_x=mask_x, mask_slope=mask_slope, choice=choice
-    )
-
-
-def wgrad_plan(
-    problem: ConvProblem, operands: Operands, *, bias: bool, mask_x: bool, mask_slope: float
-) -> WgradPlan:
-    """The plan for wgrad: what tuning has chosen, or the default."""
-    if not problem.is_concrete:
-        return plan_wgrad(problem, operands, bias=bias, mask_x=mask_x, mask_slope=mask_slope)
-    generation = choices.generation()
-    return _known_wgrad_plan(problem, operands, bias, mask_x, mask_slope, generation)
 
 
 # Passes -------------------------------------------------------------------------------------
-
-
-def operands_of(x: Tensor) -> Operands:
-    """What plans need to know of a call with input `x`."""
-    return Operands(x.dtype, float32_precision(), device_of(x.device))
-
-
-def _forward(
-    problem: ConvProblem,
-    direction: Direction,
-    source: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    slope: float,
-    shape: Sequence[int],
-) -> Tensor:
-    epilogue = Epilogue(bias is not None, slope)
-    plan = gather_plan(problem, direction, operands_of(source), epilogue)
-    return run_forward(plan, source, w, bias, slope, shape)
 
 
 def run_forward(
@@ -156,68 +82,16 @@ def run_grad_weight(
     return launch_wgrad(plan, y, x, saved, target)
 
 
-@dataclass(frozen=True)
-class BackwardPasses:
-    """What the backward of a call launches: None for what it does not need.
-
-    With `mask` and mask.store the gradient is masked first, else where the kernels load it.
-    """
-
-    mask: MaskPlan | None
-    gather: GatherPlan | None
-    wgrad: WgradPlan | None
-
-    def own_channels(self, transposed: bool) -> int | None:
-        """Channels with which our own kernels read the gradient; None if none does."""
-        if self.gather is not None and self.gather.kernel != "library":
-            return self.gather.channels
-        if self.wgrad is not None and self.wgrad.kernel != "library":
-            return self.wgrad.x_channels if transposed else self.wgrad.y_channels
-        return None
-
-
-def backward_passes(
-    problem: ConvProblem, transposed: bool, slope: float, operands: Operands, needs: Needs
-) -> BackwardPasses:
-    """Plans for the gradients in `needs` (input, weight, bias)."""
-    need_input, need_weight, need_bias = needs
-    masks_first = slope != 1 and mask_first(
-        problem,
-        transposed=transposed,
-        need_input=need_input,
-        need_weight=need_weight,
-        need_bias=need_bias,
-    )
-    slope_left = 1.0 if masks_first else slope
-    gather = wgrad = mask = None
-    if need_input:
-        direction: Direction = "fprop" if transposed else "dgrad"
-        gather = gather_plan(problem, direction, operands, Epilogue(mask_slope=slope_left))
-    if need_weight:
-        # y is the gradient of a convolution only.
-        sums = need_bias and not transposed and not masks_first
-        wgrad = wgrad_plan(problem, operands, bias=sums, mask_x=transposed, mask_slope=slope_left)
-    sums = need_bias and not (wgrad is not None and wgrad.bias)
-    if masks_first or sums:
-        if transposed:
-            rows, columns = problem.n * problem.h * problem.w, problem.c
-        else:
-            rows, columns = problem.n * problem.p * problem.q, problem.k
-        mask = plan_mask(rows, columns, operands, slope, store=masks_first, sums=sums)
-    return BackwardPasses(mask, gather, wgrad)
-
-
-def _backward(
-    problem: ConvProblem,
+def run_backward(
+    passes: BackwardPasses,
     transposed: bool,
     slope: float,
     grad: Tensor,
     output: Tensor | None,
     x: Tensor,
     w: Tensor,
-    needs: Needs,
 ) -> Grads:
-    passes = backward_passes(problem, transposed, slope, operands_of(x), needs)
+    """The gradients that `passes` are for, and empty tensors in place of the others."""
     grad = nhwc(grad)
     saved = None if slope == 1 or output is None else nhwc(output)
     grad_x, grad_w, grad_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -240,57 +114,30 @@ def _backward(
     return grad_x, grad_w, grad_b
 
 
-# Operators ----------------------------------------------------------------------------------
+def _forward(
+    transposed: bool, x: Tensor, w: Tensor, b: Tensor | None, params: Sequence[Any]
+) -> Tensor:
+    call = Call.of(transposed, x, w, params[:-1], params[-1])
+    plan, shape = forward_pass(call, b is not None)
+    return run_forward(plan, x, w, b, call.slope, shape)
 
 
-def _problem(
-    x_shape: Sequence[int],
-    y_shape: Sequence[int],
-    w: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> ConvProblem:
-    """The problem with plain channels, kernel and attributes; only extents of images may be
-    symbols.
-    """
-    if w.dtype not in NATIVE_DTYPES:
-        raise RuntimeError(f"segpose: there are no kernels for {w.dtype}")
-    k, c, r, s = (int(size) for size in w.shape)
-    groups = int(groups)
-    n, _, height, width = x_shape
-    shape = n, c * groups, height, width
-    stride, padding, dilation = ((int(a[0]), int(a[1])) for a in (stride, padding, dilation))
-    return ConvProblem.of(
-        shape, (n, k, *y_shape[2:]), (k, c, r, s), stride, padding, dilation, groups
-    )
-
-
-def conv2d_problem(
-    x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any
-) -> tuple[ConvProblem, list[int]]:
-    """Problem and output shape of a convolution."""
-    extents = conv_extents(x.shape[2:], w.shape[2:], stride, padding, dilation)
-    shape = [x.shape[0], w.shape[0], *extents]
-    return _problem(x.shape, shape, w, stride, padding, dilation, groups), shape
-
-
-def conv_transpose2d_problem(
+def _backward(
+    transposed: bool,
+    grad: Tensor,
+    output: Tensor | None,
     x: Tensor,
     w: Tensor,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: Any,
-    dilation: Any,
-) -> tuple[ConvProblem, list[int]]:
-    """Problem and output shape of a transposed convolution: its input is the problem's y."""
-    extents = conv_transpose_extents(
-        x.shape[2:], w.shape[2:], stride, padding, output_padding, dilation
-    )
-    shape = [x.shape[0], w.shape[1] * groups, *extents]
-    return _problem(shape, x.shape, w, stride, padding, dilation, groups), shape
+    params: Sequence[Any],
+) -> Grads:
+    *attributes, slope, need_input, need_weight, need_bias = params
+    call = Call.of(transposed, x, w, attributes, slope)
+    passes, shape = backward_passes(call, (need_input, need_weight, need_bias))
+    _check_backward(grad, output, shape, x, slope)
+    return run_backward(passes, transposed, slope, grad, output, x, w)
+
+
+# Operators ----------------------------------------------------------------------------------
 
 
 def _check_backward(
@@ -314,39 +161,27 @@ def _check_backward(
 
 
 def conv2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
-    *attributes, slope = params
-    check_conv2d(x, w, b, *attributes)
-    problem, shape = conv2d_problem(x, w, *attributes)
-    return _forward(problem, "fprop", x, w, b, slope, shape)
+    check_conv2d(x, w, b, *params[:-1])
+    return _forward(False, x, w, b, params)
 
 
 def conv2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
-    *attributes, slope, need_input, need_weight, need_bias = params
-    check_conv2d(x, w, None, *attributes)
-    problem, shape = conv2d_problem(x, w, *attributes)
-    _check_backward(grad, output, shape, x, slope)
-    needs = need_input, need_weight, need_bias
-    return _backward(problem, False, slope, grad, output, x, w, needs)
+    check_conv2d(x, w, None, *params[:-4])
+    return _backward(False, grad, output, x, w, params)
 
 
 def conv_transpose2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
-    *attributes, slope = params
-    check_conv_transpose2d(x, w, b, *attributes)
-    problem, shape = conv_transpose2d_problem(x, w, *attributes)
-    return _forward(problem, "dgrad", x, w, b, slope, shape)
+    check_conv_transpose2d(x, w, b, *params[:-1])
+    return _forward(True, x, w, b, params)
 
 
 def conv_transpose2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
-    *attributes, slope, need_input, need_weight, need_bias = params
-    check_conv_transpose2d(x, w, None, *attributes)
-    problem, shape = conv_transpose2d_problem(x, w, *attributes)
-    _check_backward(grad, output, shape, x, slope)
-    needs = need_input, need_weight, need_bias
-    return _backward(problem, True, slope, grad, output, x, w, needs)
+    check_conv_transpose2d(x, w, None, *params[:-4])
+    return _backward(True, grad, output, x, w, params)
 
 
 for _function in (
@@ -362,4 +197,10 @@ for _function in (
         schema=SCHEMAS[_function.__name__],
     )
 
-triton_ops = make_ops(NAMESPACE)
+triton_ops = make_ops(
+    NAMESPACE,
+    {
+        "conv2d": (conv2d_act, conv2d_act_backward),
+        "conv_transpose2d": (conv_transpose2d_act, conv_transpose2d_act_backward),
+    },
+)

@@ -7,9 +7,11 @@ hints, which leaves no guard behind, and what depends on the extents stays an ex
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,9 +21,11 @@ from .tiles import Tile, ceil_div
 
 __all__ = [
     "NARROW",
+    "Arguments",
     "Choice",
     "Direction",
     "Epilogue",
+    "Launch",
     "Operands",
     "alignment",
     "gather_shape",
@@ -67,6 +71,30 @@ class Epilogue:
     bias: bool = False
     slope: float = 1.0
     mask_slope: float = 1.0
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a plan's launches besides tensors, and what has been compiled for them."""
+
+    __slots__ = ("compiled",)
+
+    def __init__(self, *values: Mapping[str, Any], **named: Any) -> None:
+        super().__init__(*values, **named)
+        self.compiled: dict[Any, Any] = {}
+
+
+class Launch:
+    """One launch of a kernel, tensors left out: what plans of all kernels have."""
+
+    integers: Mapping[str, int]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+
+    @functools.cached_property
+    def arguments(self) -> Arguments:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return Arguments({**self.integers, **self.constants, **options})
 
 
 @dataclass(frozen=True)

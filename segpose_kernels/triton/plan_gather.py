@@ -13,6 +13,7 @@ from .plan import (
     Choice,
     Direction,
     Epilogue,
+    Launch,
     Operands,
     alignment,
     gather_shape,
@@ -22,13 +23,14 @@ from .plan import (
     padded,
 )
 from .problem import ConvProblem
-from .tiles import Demands, Tile, best_gather_tile, ceil_div, gather_candidates, power_of_two
+from .tile_costs import best_gather_tile
+from .tiles import Demands, Tile, ceil_div, gather_candidates, power_of_two
 
 __all__ = ["GatherPlan", "gather_tiles", "plan_gather"]
 
 
 @dataclass(frozen=True)
-class GatherPlan:
+class GatherPlan(Launch):
     """One launch of igemm_kernel or direct_kernel, tensors left out.
 
     The kernel reads a source of `channels` channels, zeros behind its own, and a filter padded
@@ -117,6 +119,7 @@ def _gather_demands(
         operands.device,
         masked=masked,
         flat=_is_flat(red, operands.itemsize),
+        across=direction == "dgrad" and operands.itemsize == 2 and not odd,
         accumulators=most,
     )
 
@@ -148,13 +151,15 @@ def plan_gather(
     phases = _phases(problem, direction)
     pixels = _phase_pixels(problem, direction)
     demands = _gather_demands(problem, direction, operands, epilogue)
+    taps = ceil_div(problem.r * problem.s, phases)
     tile = choice.tile if choice is not None else None
     if tile is None:
         tile = best_gather_tile(
             gather_tiles(problem, direction, operands, epilogue),
             hint(pixels),
             cols,
-            ceil_div(problem.r * problem.s, phases) * red,
+            1 if demands.flat else taps,
+            taps * red if demands.flat else red,
             phases * problem.groups,
             demands,
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import Operands, alignment, hint, needs_int64, split_count
+from .plan import Launch, Operands, alignment, hint, needs_int64, split_count
 from .problem import ConvProblem
 from .tiles import ceil_div, power_of_two
 
@@ -16,7 +16,7 @@ __all__ = ["MaskPlan", "PointwisePlan", "mask_first", "plan_bias_activation", "p
 
 
 @dataclass(frozen=True)
-class MaskPlan:
+class MaskPlan(Launch):
     """One launch of mask_kernel over a gradient [rows, columns], and the sum over its splits."""
 
     store: bool
@@ -75,7 +75,7 @@ def mask_first(
 
 
 @dataclass(frozen=True)
-class PointwisePlan:
+class PointwisePlan(Launch):
     """One launch of bias_activation_kernel."""
 
     grid: int

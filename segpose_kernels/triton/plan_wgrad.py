@@ -7,15 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .plan import Choice, Operands, alignment, hint, is_narrow, is_wide, padded, split_count
+from .plan import (
+    Choice,
+    Launch,
+    Operands,
+    alignment,
+    hint,
+    is_narrow,
+    is_wide,
+    padded,
+    split_count,
+)
 from .problem import ConvProblem
-from .tiles import Demands, Tile, best_wgrad_tile, ceil_div, power_of_two, wgrad_candidates
+from .tile_costs import best_wgrad_tile
+from .tiles import Demands, Tile, ceil_div, power_of_two, wgrad_candidates
 
 __all__ = ["WgradPlan", "plan_wgrad", "wgrad_tiles"]
 
 
 @dataclass(frozen=True)
-class WgradPlan:
+class WgradPlan(Launch):
     """One launch of wgrad_kernel or direct_wgrad_kernel and the sum over its splits.
 
     The kernel reads tensors of `y_channels` and `x_channels` channels, zeros behind their own, and
@@ -145,6 +156,8 @@ def plan_wgrad(
         "K_ALIGN": k_align,
         "C_ALIGN": c_align,
         "FLAT": flat,
+        "EVEN_M": problem.k_per_group % tile.m == 0,
+        "EVEN_N": not flat and problem.c_per_group % tile.n == 0,
         "MASK_X": mask_x and mask_slope != 1,
         "MASK_SLOPE": mask_slope,
         "PRECISION": operands.precision,

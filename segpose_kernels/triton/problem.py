@@ -13,7 +13,7 @@ Pair = tuple[int, int]
 
 def concrete(*sizes: int) -> bool:
     """Whether every size is a plain integer; while tracing some may be symbols."""
-    return all(type(size) is int for size in sizes)
+    return set(map(type, sizes)) <= {int}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tile shapes of the tensor-core kernels: candidates, what a device can hold, and which is best.
-
-The choice without tuning minimises a count of cycles from published rates (`_RATES`); it has to
-rank tiles, not to predict times. `segpose tune` and `segpose_kernels.benchmark` measure instead.
-"""
+"""Tile shapes of the tensor-core kernels: candidates, and what a device can hold."""
 
 from __future__ import annotations
 
@@ -15,9 +11,8 @@ from .device import Device
 __all__ = [
     "Demands",
     "Tile",
-    "best_gather_tile",
-    "best_wgrad_tile",
     "ceil_div",
+    "family_of",
     "gather_candidates",
     "power_of_two",
     "wgrad_candidates",
@@ -59,12 +54,17 @@ class Tile:
         """Registers of a thread for its float32 results."""
         return self.m * self.n // (32 * self.warps)
 
+    @property
+    def label(self) -> str:
+        """Short and unique, for names of kernels."""
+        return f"{self.m}x{self.n}x{self.k}-w{self.warps}s{self.stages}"
+
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}, {self.warps} warps, {self.stages} stages"
 
 
-# Candidates, each compiled without spilling for every variant of its kernel on the architectures of
-# its family: 8 for mma.sync (8.x and 12.x), 9 for wgmma and tcgen05 (9.x and 10.x).
+# Candidates for the architectures of a family: 8 for mma.sync (8.x, 12.x), 9 for wgmma and tcgen05
+# (9.x and 10.x). None spills, but for a few bytes in wgrad with ragged channels on 9.0.
 _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("half", 8): (
         Tile(128, 128, 64, 8, 3),
@@ -76,11 +76,14 @@ _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
     ("half", 9): (
         Tile(128, 256, 64, 8, 3),
-        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 3),
         Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 6),
         Tile(64, 64, 64, 4, 3),
-        Tile(128, 32, 64, 4, 3),
-        Tile(64, 32, 64, 4, 3),
+        Tile(128, 32, 64, 4, 4),
+        Tile(64, 32, 128, 4, 4),
+        Tile(64, 16, 64, 4, 4),
         Tile(128, 16, 64, 4, 3),
     ),
     ("tf32", 8): (
@@ -91,11 +94,12 @@ _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(128, 16, 32, 4, 3),
     ),
     ("tf32", 9): (
-        Tile(128, 128, 32, 8, 3),
-        Tile(128, 64, 32, 8, 3),
-        Tile(64, 64, 32, 4, 3),
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 128, 32, 4, 3),
+        Tile(128, 64, 32, 4, 4),
+        Tile(64, 64, 32, 4, 6),
         Tile(128, 32, 32, 4, 3),
-        Tile(64, 32, 32, 4, 3),
+        Tile(64, 32, 64, 4, 4),
         Tile(128, 16, 32, 4, 3),
     ),
     ("ieee", 8): (
@@ -106,6 +110,10 @@ _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
 }
 _GATHER["ieee", 9] = _GATHER["ieee", 8]
+# These spill where the filter lies along gemm_k.
+_GATHER_ACROSS: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("half", 9): (Tile(128, 128, 64, 4, 3),),
+}
 
 # Flat tiles load single elements and keep them in registers on the way: few stages, many warps.
 _FLAT_GATHER: dict[str, tuple[Tile, ...]] = {
@@ -126,8 +134,10 @@ _WGRAD: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(16, 16, 64, 4, 3),
     ),
     ("half", 9): (
+        Tile(128, 128, 64, 4, 3),
         Tile(128, 128, 64, 8, 3),
         Tile(64, 128, 64, 4, 3),
+        Tile(128, 64, 64, 4, 3),
         Tile(64, 64, 64, 4, 3),
         Tile(64, 32, 64, 4, 3),
         Tile(32, 64, 64, 4, 3),
@@ -164,20 +174,8 @@ _WGRAD: dict[tuple[str, int], tuple[Tile, ...]] = {
 }
 _WGRAD["ieee", 9] = _WGRAD["ieee", 8]
 
-# Multiply-adds per cycle and multiprocessor: whitepapers of A100 and H100. mma.sync reaches about
-# 60% of wgmma's rate on 9.0, and a tile below 64 rows cannot use wgmma.
-_RATES = {("half", 8): 1024, ("tf32", 8): 512, ("ieee", 8): 64}
-_RATES |= {("half", 9): 2048, ("tf32", 9): 1024, ("ieee", 9): 128}
-_WGMMA_ROWS = 64
-_MMA_SYNC_SHARE = 0.6
-# Bytes per cycle that a multiprocessor gets from L2, cycles to fill and drain a pipeline, and bytes
-# per cycle of DRAM for all of them together.
-_L2_BYTES = 32
-_START_CYCLES = 1500
-_DRAM_BYTES = 1500
 
-
-def _family(device: Device) -> int:
+def family_of(device: Device) -> int:
     return 9 if device.capability[0] >= 9 and device.capability[0] != 12 else 8
 
 
@@ -190,6 +188,7 @@ class Demands:
     device: Device
     masked: bool = False  # an operand is masked where it is loaded
     flat: bool = False  # gemm_k runs over single elements
+    across: bool = False  # the filter lies along gemm_n
     accumulators: int = 128  # most results that a thread may hold
 
     @property
@@ -216,84 +215,23 @@ def gather_candidates(cols: int, red: int, demands: Demands) -> list[Tile]:
 
     They reduce over `red` source channels, or over that many (tap, channel) pairs if flat.
     """
-    family = _family(demands.device)
+    family = family_of(demands.device)
     tiles = _FLAT_GATHER[demands.kind] if demands.flat else _GATHER[demands.kind, family]
+    if demands.across and not demands.flat:
+        tiles += _GATHER_ACROSS.get((demands.kind, family), ())
     widest = power_of_two(cols, 16, 256)
     result: dict[Tile, None] = {}
     for tile in _fitting(tiles, demands):
         if tile.n <= widest:
-            result[replace(tile, k=min(tile.k, power_of_two(red, 16, 64)))] = None
+            result[replace(tile, k=min(tile.k, power_of_two(red, 16, 128)))] = None
     return list(result)
 
 
 def wgrad_candidates(rows: int, cols: int, demands: Demands) -> list[Tile]:
     """Tiles for wgrad with `rows` filters of `cols` elements."""
-    tallest, widest = power_of_two(rows, 16, 128), power_of_two(cols, 16, 128)
+    tallest, widest = power_of_two(rows, 16, 256), power_of_two(cols, 16, 256)
     return [
         tile
-        for tile in _fitting(_WGRAD[demands.kind, _family(demands.device)], demands)
+        for tile in _fitting(_WGRAD[demands.kind, family_of(demands.device)], demands)
         if tile.m <= tallest and tile.n <= widest
     ]
-
-
-def _program_cycles(tile: Tile, depth: int, demands: Demands) -> float:
-    """Cycles of one program that reduces over `depth`."""
-    family = _family(demands.device)
-    rate: float = _RATES[demands.kind, family]
-    if family == 9 and demands.kind != "ieee" and (tile.m < _WGMMA_ROWS or tile.warps < 4):
-        rate *= _MMA_SYNC_SHARE
-    steps = ceil_div(depth, tile.k)
-    compute = tile.m * tile.n * tile.k / rate
-    loads = (tile.m + tile.n) * tile.k * demands.itemsize / _L2_BYTES
-    return _START_CYCLES + steps * max(compute, loads)
-
-
-def best_gather_tile(
-    candidates: list[Tile],
-    pixels: int,  # of one phase
-    cols: int,
-    depth: int,  # of an average phase
-    programs: int,  # phases * groups
-    demands: Demands,
-) -> Tile:
-    """The candidate with the fewest cycles."""
-
-    def cycles(tile: Tile) -> float:
-        tiles = ceil_div(pixels, tile.m) * ceil_div(cols, tile.n) * programs
-        waves = ceil_div(tiles, demands.device.multiprocessors)
-        return waves * _program_cycles(tile, depth, demands)
-
-    return min(candidates, key=cycles)
-
-
-def best_wgrad_tile(
-    candidates: list[Tile],
-    rows: int,
-    column_tiles: dict[int, int],  # by tile.n
-    outputs: int,  # elements of the filter gradient
-    programs: int,  # groups
-    pixels: int,
-    demands: Demands,
-) -> tuple[Tile, int]:
-    """The candidate and the number of splits with the fewest cycles, partial sums included."""
-
-    multiprocessors = demands.device.multiprocessors
-
-    def tiles_of(tile: Tile) -> int:
-        return ceil_div(rows, tile.m) * column_tiles[tile.n] * programs
-
-    def cycles(choice: tuple[Tile, int]) -> float:
-        tile, splits = choice
-        waves = ceil_div(tiles_of(tile) * splits, multiprocessors)
-        total = waves * _program_cycles(tile, ceil_div(pixels, splits), demands)
-        if splits > 1:
-            total += _START_CYCLES + 8 * outputs * splits / _DRAM_BYTES
-        return total
-
-    def splits_of(tile: Tile) -> list[int]:
-        """Powers of two, and what fills the device once and twice; no split below four steps."""
-        filling = (waves * multiprocessors // tiles_of(tile) for waves in (1, 2))
-        most = min(64, pixels // (4 * tile.k))
-        return [1, *(s for s in (2, 4, 8, 16, 32, 64, *filling) if 1 < s <= most)]
-
-    return min(((tile, s) for tile in candidates for s in splits_of(tile)), key=cycles)

@@ -9,24 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.triton import set_wrap_triton_enabled
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from . import choices
+from .calls import BackwardPasses, Call, Needs, backward_passes
 from .device import is_capturing
 from .launch import nhwc
-from .ops import (
-    BackwardPasses,
-    Needs,
-    backward_passes,
-    conv2d_problem,
-    conv_transpose2d_problem,
-    operands_of,
-    run_forward,
-    run_grad_input,
-    run_grad_weight,
-)
+from .ops import run_forward, run_grad_input, run_grad_weight
 from .plan import Choice, Direction, Epilogue, Operands
 from .plan_gather import gather_tiles, plan_gather
 from .plan_wgrad import plan_wgrad, wgrad_tiles
@@ -101,10 +91,10 @@ def passes_of_call(
 ) -> list[Pass]:
     """The passes that a call and its gradients take."""
     transposed = label == "conv_transpose2d"
-    *attributes, slope = params
-    problem_of = conv_transpose2d_problem if transposed else conv2d_problem
-    problem, shape = problem_of(x, w, *attributes)
-    operands = operands_of(x)
+    slope = params[-1]
+    call = Call.of(transposed, x, w, params[:-1], slope)
+    problem, shape = call.problem()
+    operands = call.operands
     directions: tuple[Direction, Direction] = (
         ("dgrad", "fprop") if transposed else ("fprop", "dgrad")
     )
@@ -124,7 +114,7 @@ def passes_of_call(
     ]
     if not any(needs):
         return result
-    passes = backward_passes(problem, transposed, slope, operands, needs)
+    passes, _ = backward_passes(call, needs)
     mask_slope = _masks(passes, slope)
     grad = torch.randn(shape, dtype=x.dtype, device=x.device).contiguous(
         memory_format=torch.channels_last
@@ -185,9 +175,7 @@ def tune(
     refusals: list[str] = []
     for choice in work.candidates:
         try:
-            # Launches go straight to the kernels, as they do inside the operators.
-            with set_wrap_triton_enabled(False):
-                time = measure(work.work(choice))
+            time = measure(work.work(choice))
         except (RuntimeError, OutOfResources) as error:
             refusals.append(f"{choice}: {error}")
         else:

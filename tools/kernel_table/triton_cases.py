@@ -89,12 +89,12 @@ def _gather_case(
 def _gather_cases(kind: str, shape: Device) -> Iterator[Case]:
     dtype, precision = _KINDS[kind]
     name = kind if kind != "half" else "f16"
-    family = tiles._family(shape)
+    family = tiles.family_of(shape)
     fused, masked = Epilogue(True, 0.01), Epilogue(mask_slope=0.01)
     many = 2**20  # images: offsets of 64 bits
 
     def case(label: str, tile: Tile, *arguments: Any, **flags: bool) -> Case:
-        full = f"{label.split('_')[0]}_{name}_{tile.m}x{tile.n}x{tile.k}"
+        full = f"{label.split('_')[0]}_{name}_{tile.label}"
         variant = label.partition("_")[2]
         full += f"_{variant}" if variant else ""
         return _gather_case(full, dtype, precision, tile, shape, *arguments, **flags)
@@ -117,6 +117,10 @@ def _gather_cases(kind: str, shape: Device) -> Iterator[Case]:
         if tile.accumulators <= 64:
             yield case("fprop_wide", tile, _conv(c + 8, n, 3, n=many), "fprop", fused)
             yield case("dgrad_wide", tile, _conv(n, c + 8, 4, 2, n=many), "dgrad", fused)
+    for tile in tiles._GATHER_ACROSS.get((kind, family), ()):
+        up, ragged = _conv(tile.n, 2 * tile.k, 4, 2), _conv(tile.n + 8, 2 * tile.k + 8, 4, 2)
+        yield case("dgrad", tile, up, "dgrad", fused, listed=True, simulated=True)
+        yield case("dgrad_ragged", tile, ragged, "dgrad", fused)
     for tile in tiles._FLAT_GATHER[kind]:
         for c in (1, 4, 8):
             listed = c == 4
@@ -137,7 +141,7 @@ def _wgrad_cases(kind: str, shape: Device) -> Iterator[Case]:
         "single": (_conv(1, 1, 3), {"bias": True}),
         "wide": (_conv(128, 128, 3, n=2**20), {"bias": True}),
     }
-    for tile in tiles._WGRAD[kind, tiles._family(shape)]:
+    for tile in tiles._WGRAD[kind, tiles.family_of(shape)]:
         for variant, (problem, options) in variants.items():
             if variant.startswith("masked") and tile.accumulators > 64:
                 continue
@@ -153,7 +157,7 @@ def _wgrad_cases(kind: str, shape: Device) -> Iterator[Case]:
                 "out_ptr": torch.float32,
                 "bias_out_ptr": torch.float32 if plan.bias else None,
             }
-            full = f"wgrad_{name}_{tile.m}x{tile.n}x{tile.k}" + (f"_{variant}" if variant else "")
+            full = f"wgrad_{name}_{tile.label}" + (f"_{variant}" if variant else "")
             yield Case(full, wgrad_kernel, plan, pointers, not variant, not variant)
 
 

@@ -23,7 +23,7 @@ from ptxsim import Counters, Out, triton_aot
 from torch import Tensor
 
 from segpose_kernels import backends
-from segpose_kernels.triton import launch, ops
+from segpose_kernels.triton import calls, launch
 from segpose_kernels.triton.device import Device
 
 __all__ = ["Launch", "Simulator", "device", "simulated"]
@@ -158,7 +158,7 @@ def simulated(
     on_cpu = replace(triton, devices=frozenset({"cpu", "cuda"}), missing=None)
     with (
         mock.patch.object(launch, "start", simulator.start),
-        mock.patch.object(ops, "device_of", return_value=shape),
+        mock.patch.object(calls, "device_of", return_value=shape),
         mock.patch.dict(backends._BY_NAME, {"triton": on_cpu}),
         mock.patch.dict(backends._selected, clear=True),
     ):

@@ -94,11 +94,41 @@ def _cudnn_search(case: Case, device: str, threads: int) -> Prepared:
     subject = _operands(case, device, channels_last=True)
 
     def run(x: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(benchmark=True):
+        # Not torch.backends.cudnn.flags(), which sets everything else to its own defaults.
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
             y: Tensor = subject.module(x)
-            return y
+        finally:
+            torch.backends.cudnn.benchmark = before
+        return y
 
     return _prepared(case, device, subject, run)
+
+
+def _graphed(
+    case: Case, device: str, threads: int, *, prepare: Callable[[Case, str, int], Prepared]
+) -> Prepared:
+    """Another contender's call, captured in a CUDA graph and replayed: no launches to wait for."""
+    if case.training:
+        raise Unavailable("inference only")
+    call = prepare(case, device, threads).call
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # a capture must not compile, search or load anything
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    assert isinstance(output, Tensor)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return Prepared(replay, lambda: {"output": replay().clone()})
 
 
 def _compiled(case: Case, device: str, threads: int, *, mode: str | None = None) -> Prepared:
@@ -154,6 +184,13 @@ OURS = (
         functools.partial(_ours, backend="triton"),
         ours=True,
     ),
+    Contender(
+        "segpose-graph",
+        "segpose_kernels in a CUDA graph",
+        _CUDA,
+        functools.partial(_graphed, prepare=_ours),
+        ours=True,
+    ),
 )
 EAGER = (
     Contender("eager", "torch eager", _ANY, functools.partial(_eager, channels_last=False)),
@@ -162,6 +199,12 @@ EAGER = (
         "torch eager channels_last",
         _ANY,
         functools.partial(_eager, channels_last=True),
+    ),
+    Contender(
+        "eager-graph",
+        "torch eager channels_last in a CUDA graph",
+        _CUDA,
+        functools.partial(_graphed, prepare=functools.partial(_eager, channels_last=True)),
     ),
     Contender("cudnn-search", "torch eager, cudnn.benchmark", _CUDA, _cudnn_search),
 )
