@@ -90,5 +90,6 @@ def run_of(*cases: CaseResult, threads: int = 2, isa: str = "avx512") -> Run:
         "gpu": None,
     }
     effort = {"sample_seconds": 0.01, "least_rounds": 7}
-    settings = {"effort": effort, "evict_bytes": 0, "contenders": ["segpose", "eager", "openvino"]}
+    contenders = ["segpose", "eager", "openvino"]
+    settings = {"device": "cpu", "effort": effort, "evict_bytes": 0, "contenders": contenders}
     return Run(machine, settings, list(cases), LIMITS.to_dict())

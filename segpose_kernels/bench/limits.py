@@ -138,10 +138,16 @@ _PRODUCT_SIZES = (2048, 4096, 8192)
 
 def _cuda_limits(seconds: float) -> Limits:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    flops = {
-        str(dtype).removeprefix("torch."): _product_rate(dtype, _PRODUCT_SIZES, seconds)
-        for dtype in dtypes
-    }
+    switches = torch.backends.cuda.matmul
+    before = switches.allow_tf32
+    switches.allow_tf32 = torch.backends.cudnn.allow_tf32  # float32 as convolutions take it
+    try:
+        flops = {
+            str(dtype).removeprefix("torch."): _product_rate(dtype, _PRODUCT_SIZES, seconds)
+            for dtype in dtypes
+        }
+    finally:
+        switches.allow_tf32 = before
     bandwidth = tuple((size, _copy_rate(size, "cuda", seconds)) for size in _COPY_BYTES)
     return Limits(flops, bandwidth, "best of torch's matrix products; bandwidth of torch's copy")
 

@@ -347,8 +347,40 @@ def _published(run: Run) -> list[Block]:
 
 def _method(run: Run) -> list[Block]:
     effort = run.settings["effort"]
+    sample = f"{effort['sample_seconds'] * 1e3:.0f} ms"
+    rounds = effort["least_rounds"]
+    on_gpu = run.settings["device"] == "cuda"
+    items = (
+        "Every result was compared with a float64 reference before timing (torch eager in float32 "
+        "where that would take too long); a contender with a wrong result is left out.",
+        *(_gpu_method() if on_gpu else _cpu_method(run)),
+        f"A sample is the mean of calls for about {sample}; at least {rounds} rounds, or three "
+        "where a round takes long. Times are medians; a ratio is the median of the ratios round "
+        "by round, ± half its 95% interval. ~ marks a ratio not known to 10%.",
+        "Inference runs under no_grad with weights in the dtype. A training step is forward and "
+        "backward to every parameter, a low precision under autocast; loss and optimizer, the same "
+        "for all, are left out.",
+        "Peak memory is what a call takes from torch's allocator beyond model, gradients of "
+        "parameters and input.",
+        "GFLOP/s counts the operations of the direct definition, over input positions for "
+        "transposed convolutions, three passes for a training step.",
+    )
+    return [Heading("How it was measured"), Text(items=items)]
+
+
+def _gpu_method() -> tuple[str, ...]:
+    return (
+        "All contenders of a case ran in one process and in turns, another one first in each "
+        "round. Each call is timed by CUDA events behind a kernel that overwrites the L2 cache: "
+        "launching costs nothing unless it takes longer than that kernel (0.1 ms), as for whole "
+        "models with small batches, where a CUDA graph takes it away.",
+        "float32 is TF32, torch's default for convolutions.",
+    )
+
+
+def _cpu_method(run: Run) -> tuple[str, ...]:
     evicted = run.settings["evict_bytes"]
-    warm_up = effort.get("warm_up_seconds", 0.0)
+    warm_up = run.settings["effort"].get("warm_up_seconds", 0.0)
     untimed = f"{warm_up * 1e3:.0f} ms of untimed calls" if warm_up else "an untimed call"
     caches = (
         f"{evicted / 2**20:.0f} MiB of other memory are touched before each call"
@@ -357,30 +389,15 @@ def _method(run: Run) -> list[Block]:
     )
     where = run.machine
     sizes = ", ".join(f"{level} {size / 2**20:g} MiB" for level, size in where["caches"].items())
-    sample = f"{effort['sample_seconds'] * 1e3:.0f} ms"
-    rounds = effort["least_rounds"]
     memory = f"{where['memory'] / 2**30:.0f} GiB"
-    items = (
-        "Every result was compared with a float64 reference before timing (torch eager in float32 "
-        "where that would take too long); a contender with a wrong result is left out.",
+    return (
         "All contenders of a case ran in one process and in turns, another one first in each "
         "round; before each turn the thread pools came to rest.",
-        f"A sample is the mean of calls for about {sample}; at least {rounds} rounds, or three "
-        "where a round takes long. Times are medians; a ratio is the median of the ratios round "
-        "by round, ± half its 95% interval. ~ marks a ratio not known to 10%.",
         f"{where['threads']} threads for everyone, on as many cores; {caches}.",
         f"Data caches: {sizes}. Memory {memory}. {where['platform']}.",
-        "Inference runs under no_grad with weights in the dtype. A training step is forward and "
-        "backward to every parameter, in bfloat16 under autocast; loss and optimizer, the same for "
-        "all, are left out.",
         "torch.compile freezes the weights in inference. onnxruntime and OpenVINO run the ONNX "
         "export with inputs and outputs bound. OpenVINO is told the precision.",
-        "Peak memory is what a call takes from torch's allocator beyond model, gradients of "
-        "parameters and input.",
-        "GFLOP/s counts the operations of the direct definition, over input positions for "
-        "transposed convolutions, three passes for a training step.",
     )
-    return [Heading("How it was measured"), Text(items=items)]
 
 
 def _left_out(run: Run) -> list[Block]:
