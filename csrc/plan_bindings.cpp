@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cpu/choices.h"
 #include "cpu/plan.h"
 #include "cpu/ukernels.h"
 
@@ -46,20 +47,6 @@ ConvProblem for_conv_transpose2d(Shape input, Shape weight, Pair stride, Pair pa
   const int64_t w = conv_transpose_extent(input[3], weight[3], stride[1], padding[1], output_padding[1], dilation[1]);
   return make_problem(input[0], h, w, weight[1] * groups, weight[0], weight[2], weight[3], stride, padding, dilation,
                       groups, input[2], input[3]);
-}
-
-Pass parse_pass(const std::string& name) {
-  for (const Pass pass : {Pass::fprop, Pass::dgrad, Pass::wgrad}) {
-    if (name == pass_name(pass)) return pass;
-  }
-  throw std::invalid_argument("op must be fprop, dgrad or wgrad, got '" + name + "'");
-}
-
-DType parse_dtype(const std::string& name) {
-  for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-    if (name == dtype_name(dtype)) return dtype;
-  }
-  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
 }
 
 // Rows and columns of the widest microkernel that the plan uses.
@@ -126,6 +113,7 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("s", &ConvProblem::s)
       .def_readonly("groups", &ConvProblem::groups)
       .def_property_readonly("flops", &ConvProblem::flops)
+      .def_property_readonly("numbers", &numbers_of)
       .def("__repr__", &problem_str);
   py::class_<Phase>(m, "Phase", "Destination pixels that use the same taps.")
       .def_readonly("oh", &Phase::oh)

@@ -39,6 +39,8 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_precision(str name) -> str");
   m.def("set_algorithm(str name) -> str");
+  m.def("choose_algorithm(int[] problem, str pass_name, str dtype, str precision, bool prepared, str algorithm) -> ()");
+  m.def("precision_of(Tensor weight, float flops) -> str");
   m.def("release_workspace() -> int");
   m.def("settings_key() -> int");
   // torch's switches for float32 convolutions on CUDA and on CPU; implemented in Python, segpose_kernels/backends.py.

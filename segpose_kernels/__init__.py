@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import types
 
-from . import fastest, nn
+from . import cpu_choices, fastest, nn
 from .functional import conv2d_act, conv_transpose2d_act
 from .nn import Conv2dAct, ConvTranspose2dAct
 from .settings import precision, release_workspace
@@ -36,8 +36,8 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Whether calls on CUDA tensors with backend="auto" time the backends on a problem's first call and
-# keep the fastest, like torch.backends.cudnn.benchmark. Described in fastest.py.
+# Whether calls with backend="auto" time kernels and backends on a problem's first call and keep the
+# fastest, like torch.backends.cudnn.benchmark. Described in fastest.py.
 benchmark: bool
 
 
@@ -54,3 +54,4 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+cpu_choices.apply_stored()

@@ -31,7 +31,7 @@ COMMANDS = {
     "kernels": Command(
         "registers, shared memory and counted accesses of GPU kernels", ".kernel_facts"
     ),
-    "tune": Command("measure the Triton kernels for a model's layers", ".triton.tune"),
+    "tune": Command("measure tiles or algorithms for a model's layers, and keep the best", ".tune"),
 }
 
 

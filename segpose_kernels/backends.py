@@ -64,6 +64,11 @@ _CPU_SCHEMAS = {
     "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
     "allocate_result": "(Tensor like, int[] shape) -> Tensor",
     "settings_key": "() -> int",
+    "choose_algorithm": (
+        "(int[] problem, str pass_name, str dtype, str precision, bool prepared, str algorithm) "
+        "-> ()"
+    ),
+    "precision_of": "(Tensor weight, float flops) -> str",
 }
 
 

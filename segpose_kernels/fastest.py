@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`segpose_kernels.benchmark = True`: time the backends on first use, keep the fastest.
 
-Candidates are every backend that can run the call: our kernels, whose tiles are tuned first (with
-cuDNN and one fused pointwise pass as a candidate for each pass), and torch's own operators. So a
-call is never slower than torch's by more than the error of the measurement.
+Candidates are every backend that can run the call: our kernels, tuned first (tiles on CUDA, with
+cuDNN and one fused pointwise pass as a candidate for each pass; algorithms on CPU), and torch's own
+operators. So a call is never slower than torch's by more than the error of the measurement.
 
 Nothing is measured while a CUDA graph is captured, under deterministic algorithms, for tensors that
 have no data of their own (fakes, functorch wrappers), or inside torch.compile: such calls take what
@@ -75,7 +75,7 @@ def choose(
         label,
         x.device,
         x.dtype,
-        float32_precision(),
+        float32_precision() if x.is_cuda else torch.get_num_threads(),
         tuple(x.shape),
         tuple(w.shape),
         _layout(x),
@@ -94,6 +94,10 @@ def choose(
         return _winners[key]
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _measure(
     label: str,
     runners: Mapping[str, Runner],
@@ -102,7 +106,12 @@ def _measure(
     params: tuple[Any, ...],
 ) -> str:
     x = operands[0]
-    names = auto.usable(device_of(x.device).capability, x.dtype)
+    if _on_cpu(x):
+        names = ["cpu"]
+        tuning = importlib.import_module(".cpu_tuning", __package__)
+        tuning.tune_call(label, *(*operands, None)[:3], params, (*needs, False)[:3])
+    else:
+        names = auto.usable(device_of(x.device).capability, x.dtype)
     candidates = {name: runners[name] for name in names if name in runners}
     if "triton" in names:
         candidates["triton"] = auto.triton_op(label)

@@ -222,13 +222,13 @@ def _call(
         if input.is_cuda:
             large = auto.is_large(weight, params[_GROUPS])
             name = auto.choose(backend, input.device, input.dtype, large)
-            if slope is not None and fastest.is_wanted(backend):
-                measured = (*params, slope)
-                name = fastest.choose(
-                    operator.label, operator.runners, input, weight, bias, measured, name
-                )
         else:
             name = backends.select(backend, input.device.type, input.dtype)
+        known = input.is_cuda or name != "aten"  # on CPU aten is chosen where nothing else runs
+        if known and slope is not None and fastest.is_wanted(backend):
+            name = fastest.choose(
+                operator.label, operator.runners, input, weight, bias, (*params, slope), name
+            )
     run = operator.runner(name)
     if slope is None:
         y = F.leaky_relu(run(input, weight, bias, (*params, 1.0)), negative_slope)

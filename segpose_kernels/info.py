@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__
+from . import __version__, cpu_choices
 from .backends import BACKENDS, DEFAULT_BACKEND, LIBRARY
 
 __all__ = ["collect", "main", "render"]
@@ -67,8 +67,9 @@ def collect() -> dict[str, Any]:
 
     Keys: "segpose_kernels", "python", "platform", "torch" (version, cuda, git), "triton",
     "compiler", "library" (path, missing), "cpu" (isa, isas, features, threads, ...), "backends" (a
-    list of name, available, reason in the order they are tried), "default_backend", "environment"
-    (the SEGPOSE_* variables that are set). A version is None where there is none.
+    list of name, available, reason in the order they are tried), "default_backend", "tuned_on_cpu"
+    (passes whose algorithm was measured, and the file that holds them), "environment" (the
+    SEGPOSE_* variables that are set). A version is None where there is none.
     """
     plan, _ = _plan_module()
     compiler = getattr(plan, "compiler", None)
@@ -92,6 +93,10 @@ def collect() -> dict[str, Any]:
             {"name": b.name, "available": b.missing is None, "reason": b.missing} for b in BACKENDS
         ],
         "default_backend": DEFAULT_BACKEND,
+        "tuned_on_cpu": {
+            "passes": len(cpu_choices.store()),
+            "path": str(cpu_choices.store().path),
+        },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("SEGPOSE_")},
     }
 
@@ -113,6 +118,7 @@ def render(facts: dict[str, Any]) -> str:
         ("cpu features", ", ".join(features) or "unknown"),
         ("threads", f"{cpu['threads']} of {cpu['logical_cores']} logical cores"),
         ("default backend", facts["default_backend"]),
+        ("tuned on CPU", "{passes} passes, {path}".format(**facts["tuned_on_cpu"])),
     ]
     for name, value in facts["environment"].items():
         rows.append((name, value))

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Before the package is imported: what this machine's user has tuned decides no test.
+os.environ["SEGPOSE_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"segpose-{os.getpid()}")
 
 from segpose_kernels.testing.poison import poisoned_memory
 
@@ -78,12 +82,16 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of the test's own for what tuning finds."""
+    from segpose_kernels import cpu_choices
     from segpose_kernels.triton import choices
 
     monkeypatch.setenv("SEGPOSE_CACHE_DIR", str(tmp_path / "cache"))
     choices.forget_loaded()
+    cpu_choices.store.cache_clear()
     yield tmp_path / "cache"
     choices.forget_loaded()
+    cpu_choices.forget()
+    cpu_choices.store.cache_clear()
 
 
 @pytest.fixture

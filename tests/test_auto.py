@@ -158,6 +158,7 @@ class TestBenchmark:
     ) -> Iterator[None]:
         gpu((8, 0), "triton")
         monkeypatch.setattr(fastest, "device_of", lambda _: tritonsim.device(80))
+        monkeypatch.setattr(fastest, "_on_cpu", lambda _: False)
         monkeypatch.setattr(tuning, "measure_ms", lambda do: float(do() is None))
         with tritonsim.simulated(80):
             yield

@@ -286,7 +286,7 @@ def test_command_refuses(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_command_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("segnet") == 1
+    assert run("segnet", "--device", "cuda") == 1
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -304,9 +304,9 @@ def test_command_tunes_and_reports(
     monkeypatch.setattr(tune.torch, "randn", lambda shape, dtype, device: draw(shape).to(dtype))
     calls = tune.calls_of_model(tiny(), (1, 16, 4, 4), torch.float16)
     with tritonsim.simulated(80):
-        assert tune._tune_calls(calls, torch.float16, training=True, force=False) == 0
+        assert tune.tune_calls(calls, torch.float16, training=True, force=False) == 0
         out = capsys.readouterr().out
         assert "3 passes measured" in out
         assert "fprop float16 fused" in out
-        assert tune._tune_calls(calls, torch.float16, training=True, force=False) == 0
+        assert tune.tune_calls(calls, torch.float16, training=True, force=False) == 0
         assert "0 passes measured" in capsys.readouterr().out

@@ -29,6 +29,20 @@ std::string set_precision(const std::string& name) {
   return previous < 0 ? "default" : precision_name(static_cast<Precision>(previous));
 }
 
+// What torch's switches and the user's choice mean for passes with this weight and so many operations.
+std::string precision_of(const Tensor& weight, double flops) {
+  return precision_name(current_precision(flops, weight));
+}
+
+void choose_algorithm(Ints problem, const std::string& pass, const std::string& dtype, const std::string& precision,
+                      bool prepared, const std::string& algorithm) {
+  ChoiceKey key{{}, parse_pass(pass), parse_dtype(dtype), parse_precision(precision), prepared};
+  STD_TORCH_CHECK(problem.size() == key.problem.size(), "segpose: problem must have ", key.problem.size(),
+                  " numbers, got ", problem.size());
+  std::copy(problem.begin(), problem.end(), key.problem.begin());
+  Choices::instance().choose(key, parse_algorithm(algorithm));
+}
+
 bool is_empty(const Tensor& input, const Tensor& weight) { return input.numel() == 0 || weight.numel() == 0; }
 
 char* advance(void* data, int64_t elements, DType dtype) {
@@ -103,7 +117,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (is_empty(input, weight)) {
     fill_with_bias(output, bias, problem, epilogue);
   } else {
-    const Precision precision = current_precision(problem, weight);
+    const Precision precision = current_precision(problem.flops(), weight);
     const Plan plan = plan_for(problem, forward_pass(attributes), weight, precision);
     run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue, precision);
   }
@@ -183,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     const bool by_input = need_input && grad_input.numel() > 0;
     const bool by_weight = need_weight && grad_weight.numel() > 0;
     const Pass input_pass = attributes.transposed ? Pass::fprop : Pass::dgrad;
-    const Precision precision = current_precision(problem, weight);
+    const Precision precision = current_precision(problem.flops(), weight);
     const Plan input_plan = by_input ? plan_for(problem, input_pass, weight, precision) : Plan{};
     const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight, precision) : Plan{};
     const bool packed = (!by_input || input_plan.masks_source()) && (!by_weight || weight_plan.masks_source());
@@ -244,4 +258,6 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("set_precision", TORCH_BOX(&segpose::set_precision));
   m.impl("set_algorithm", TORCH_BOX(&segpose::set_algorithm));
+  m.impl("choose_algorithm", TORCH_BOX(&segpose::choose_algorithm));
+  m.impl("precision_of", TORCH_BOX(&segpose::precision_of));
 }

@@ -277,6 +277,20 @@ const char* precision_name(Precision precision) {
   return kNames[static_cast<int>(precision)];
 }
 
+Pass parse_pass(const std::string& name) {
+  for (const Pass pass : {Pass::fprop, Pass::dgrad, Pass::wgrad}) {
+    if (name == pass_name(pass)) return pass;
+  }
+  throw std::invalid_argument("op must be fprop, dgrad or wgrad, got '" + name + "'");
+}
+
+DType parse_dtype(const std::string& name) {
+  for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
 Precision parse_precision(const std::string& name) {
   for (const Precision p : {Precision::exact, Precision::highest, Precision::high, Precision::medium}) {
     if (name == precision_name(p)) return p;

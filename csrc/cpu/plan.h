@@ -94,6 +94,8 @@ struct PlanOptions {
 
 // By name; an empty algorithm is none. Throw std::invalid_argument with the valid names.
 const char* precision_name(Precision precision);
+Pass parse_pass(const std::string& name);
+DType parse_dtype(const std::string& name);
 Precision parse_precision(const std::string& name);
 std::optional<Algorithm> parse_algorithm(const std::string& name);
 

@@ -138,7 +138,7 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
   const Ints output_shape = shape_of(problem, transposed);
   check_bias(bias, weight, output_shape[1]);
   STD_TORCH_CHECK(problem.n > 0 && problem.c > 0 && problem.k > 0, "segpose: an empty problem cannot be prepared");
-  const Precision precision = current_precision(problem, weight);
+  const Precision precision = current_precision(problem.flops(), weight);
   Plan plan = plan_for(problem, forward_pass(attributes), weight, precision, true);
   OptionalTensor packed = packed_by(donors, plan, weight);
   if (!packed.has_value() && packed_filter_bytes(plan) <= max_bytes) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <string>
 
+#include "choices.h"
 #include "torch_views.h"
 
 namespace segpose {
@@ -30,12 +31,12 @@ inline Precision torch_precision() {
 }
 
 // Of the passes of a call.
-inline Precision current_precision(const ConvProblem& problem, const Tensor& weight) {
+inline Precision current_precision(double flops, const Tensor& weight) {
   // Smaller problems are faster than asking.
   constexpr double kAskFlops = 20e6;
   const int chosen = chosen_precision;
   if (chosen >= 0) return static_cast<Precision>(chosen);
-  if (to_dtype(weight) != DType::float32 || problem.flops() < kAskFlops) return Precision::highest;
+  if (to_dtype(weight) != DType::float32 || flops < kAskFlops) return Precision::highest;
   return torch_precision();
 }
 
@@ -43,14 +44,16 @@ inline Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight
                      bool prepared = false) {
   PlanOptions options{precision, std::nullopt, prepared, static_cast<int64_t>(torch::stable::get_num_threads())};
   const int forced = forced_algorithm;
-  if (forced >= 0) options.algorithm = static_cast<Algorithm>(forced);
+  options.algorithm =
+      forced >= 0 ? std::optional(static_cast<Algorithm>(forced))
+                  : Choices::instance().find({numbers_of(problem), pass, to_dtype(weight), precision, prepared});
   return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
 }
 
 // Differs where plans may differ, but for torch's switches.
 inline int64_t settings_key() {
-  return (static_cast<int64_t>(torch::stable::get_num_threads()) << 16) | ((forced_algorithm.load() + 1) << 8) |
-         (chosen_precision.load() + 1);
+  return (Choices::instance().generation() << 32) | (static_cast<int64_t>(torch::stable::get_num_threads()) << 16) |
+         ((forced_algorithm.load() + 1) << 8) | (chosen_precision.load() + 1);
 }
 
 }  // namespace segpose

@@ -10,6 +10,7 @@ weight and bias, at a few of their elements (for what writes past the version co
 
 from __future__ import annotations
 
+import importlib
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, fastest
 from ..autograd import transforms_active
 from .eligible import Fused
 
@@ -194,6 +195,10 @@ class FilterCache:
     ) -> Form:
         shape, geometry, slope = key
         room = max(self.max_bytes - self._bytes(), 0)
+        if fastest.enabled and room > 0:
+            tuning = importlib.import_module("..cpu_tuning", __package__)
+            tuning.tune_prepared(weight, bias, shape, geometry, slope, room)
+            settings = settings_key(weight.dtype)  # choices are settings
         with torch.no_grad():
             handle = torch.ops.segpose.prepare_conv(
                 weight,

@@ -1,19 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What tuning has found, in memory and on disk: one JSON file for each GPU and set of versions.
-
-The folder is $SEGPOSE_CACHE_DIR, or segpose_kernels in the user's cache folder. A file is replaced
-in one step, so a reader never sees half of one; two processes that tune at the same time may lose
-an entry of each other, which is measured again.
-"""
+"""What tuning has found for the Triton kernels, by device; kept by stored_choices.py."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
-import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from ..stored_choices import Store
 from .device import Device
 from .plan import Choice, Direction, Epilogue, Operands
 from .problem import ConvProblem
@@ -34,15 +26,6 @@ _SOURCES = (
     *("geometry", "kernels", "direct", "pointwise", "tiles", "tile_costs"),
     *("plan", "plan_gather", "plan_wgrad", "plan_pointwise"),
 )
-
-
-def cache_folder() -> Path:
-    """Where results are kept between processes."""
-    chosen = os.environ.get("SEGPOSE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "segpose_kernels"
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,40 +43,29 @@ def _versions() -> dict[str, str]:
     }
 
 
-class Store:
-    """Choices for one device. Reading and writing are safe from several threads."""
+class ChoiceStore:
+    """Choices for one device."""
 
     def __init__(self, device: Device) -> None:
-        self._lock = threading.Lock()
-        self._device = device
-        self._entries: dict[str, Choice] | None = None
+        about = {"device": asdict(device)}
+        self._store = Store(f"triton-{device.name}", _versions(), about)
 
     @property
     def path(self) -> Path:
-        versions = hashlib.sha256(json.dumps(_versions(), sort_keys=True).encode()).hexdigest()
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self._device.name).strip("-")
-        return cache_folder() / f"triton-{name}-{versions[:12]}.json"
-
-    def _loaded(self) -> dict[str, Choice]:
-        if self._entries is None:
-            self._entries = _read(self.path)
-        return self._entries
+        return self._store.path
 
     def get(self, key: str) -> Choice | None:
-        with self._lock:
-            return self._loaded().get(key)
+        entry = self._store.get(key)
+        try:
+            return None if entry is None else _decode(entry)
+        except (KeyError, TypeError):
+            return None  # no choice of ours: it is measured again
 
     def put(self, key: str, choice: Choice) -> None:
-        """Remember a choice, on disk too where the folder can be written."""
-        with self._lock:
-            # What other processes have found meanwhile is kept.
-            entries = {**_read(self.path), **self._loaded(), key: choice}
-            self._entries = entries
-            _write(self.path, self._device, entries)
+        self._store.put(key, asdict(choice))
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._loaded())
+        return len(self._store)
 
 
 def _decode(entry: Mapping[str, Any]) -> Choice:
@@ -101,39 +73,14 @@ def _decode(entry: Mapping[str, Any]) -> Choice:
     return Choice(entry["kernel"], None if tile is None else Tile(**tile), entry["splits"])
 
 
-def _read(path: Path) -> dict[str, Choice]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: _decode(entry) for key, entry in content["entries"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        # Missing or unreadable: what it held is measured again.
-        return {}
-
-
-def _write(path: Path, device: Device, entries: Mapping[str, Choice]) -> None:
-    content = {
-        "device": asdict(device),
-        "versions": _versions(),
-        "entries": {key: asdict(choice) for key, choice in sorted(entries.items())},
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    except OSError:
-        return  # a read-only cache folder: the choice holds for this process
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(name, path)
-
-
-_stores: dict[Device, Store] = {}
+_stores: dict[Device, ChoiceStore] = {}
 _stores_lock = threading.Lock()
 _generation = 0
 
 
-def store_of(device: Device) -> Store:
+def store_of(device: Device) -> ChoiceStore:
     with _stores_lock:
-        return _stores.setdefault(device, Store(device))
+        return _stores.setdefault(device, ChoiceStore(device))
 
 
 def generation() -> int:

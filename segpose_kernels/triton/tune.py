@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`segpose tune MODEL`: measure the kernels for a model's layers ahead of its first use."""
+"""The calls that a model makes of the Triton operators, and their tuning with a progress bar."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import models
-from ..cli import LineParser, UsageError
 from ..extras import import_extra
 from ..swap import optimize
 from .choices import store_of
@@ -25,19 +20,7 @@ from .device import device_of
 from .ops import NAMESPACE
 from .tuning import Pass, passes_of_call, tune
 
-__all__ = ["Call", "calls_of_model", "main"]
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-# Models of the package by name, with the input they are usually run on.
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "autoencoder": (models.Autoencoder, (64, 1, 28, 28)),
-    "segnet": (lambda: models.SegNet(10), (64, 1, 28, 28)),
-    "cpm2dpose": (models.CPM2DPose, (1, 3, 256, 256)),
-}
+__all__ = ["Call", "calls_of_model", "tune_calls"]
 
 
 @dataclass(frozen=True)
@@ -95,34 +78,6 @@ def calls_of_model(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -
     return list(recorder.calls)
 
 
-def _load(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """A model of the package, or what `module:callable` returns."""
-    if name in MODELS:
-        make, shape = MODELS[name]
-        return make(), shape
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        known = ", ".join(MODELS)
-        raise UsageError(f"MODEL must be one of {known}, or MODULE:CALLABLE, got {name!r}")
-    try:
-        model = getattr(importlib.import_module(module_name), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"cannot make {name}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} gave {type(model).__name__}, not a torch.nn.Module")
-    return model, None
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"must be N,C,H,W, got {text!r}")
-    return sizes
-
-
 def _passes(call: Call, dtype: torch.dtype, training: bool) -> list[Pass]:
     """What tuning measures for a call, on fresh tensors."""
 
@@ -155,36 +110,7 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], 
         )
 
 
-def _parser() -> LineParser:
-    parser = LineParser(prog="segpose tune", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)} or MODULE:CALLABLE")
-    parser.add_argument("--input", type=_shape, metavar="N,C,H,W", help="shape of the input")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--inference", action="store_true", help="leave the gradients out")
-    parser.add_argument("--force", action="store_true", help="measure again what is known")
-    parser.add_argument("--list", action="store_true", help="only list the layers; needs no GPU")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `segpose tune`."""
-    arguments = _parser().parse_args(argv)
-    model, usual = _load(arguments.model)
-    shape = arguments.input or usual
-    if shape is None:
-        raise UsageError(f"--input N,C,H,W is needed for {arguments.model}")
-    dtype = DTYPES[arguments.dtype]
-    calls = calls_of_model(model, shape, dtype)
-    if arguments.list:
-        print("\n".join(str(call) for call in calls))
-        return 0
-    if not torch.cuda.is_available():
-        print("segpose tune: no CUDA device to measure on; --list needs none", file=sys.stderr)
-        return 1
-    return _tune_calls(calls, dtype, training=not arguments.inference, force=arguments.force)
-
-
-def _tune_calls(calls: Sequence[Call], dtype: torch.dtype, *, training: bool, force: bool) -> int:
+def tune_calls(calls: Sequence[Call], dtype: torch.dtype, *, training: bool, force: bool) -> int:
     passes: dict[str, Pass] = {}
     for call in calls:
         for work in _passes(call, dtype, training):

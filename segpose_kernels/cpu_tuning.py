@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Measures the algorithms for each pass of a call on the CPU and remembers the fastest.
+
+Candidates are all that support the pass and whose predicted time is not hopeless. They run in turns
+on the call's own tensors, and the predicted one stays unless another is clearly faster: choices
+should not depend on a neighbour's load.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu_choices
+from .cpu_choices import PassKey
+
+__all__ = ["Watcher", "tune_call", "tune_prepared", "watchers"]
+
+Watcher = Callable[[PassKey, str, float], None]
+"""Called with a measured pass, the chosen algorithm and its seconds."""
+
+watchers: list[Watcher] = []
+
+_ALGORITHMS = ("depthwise", "split", "winograd", "fourier", "rows", "gathered", "igemm")
+_HOPELESS = 4.0  # times the shortest prediction
+_ROUNDS = 5
+_SAMPLE_SECONDS = 0.005
+_CLEARLY_FASTER = 0.95
+
+
+def _candidates(problem: Any, key: PassKey) -> list[str]:
+    """Names of the algorithms to measure, the predicted one first."""
+    from . import _plan
+
+    def plan(algorithm: str) -> Any:
+        return _plan.plan(
+            problem,
+            op=key.op,
+            dtype=key.dtype,
+            precision=key.precision,
+            algorithm=algorithm,
+            prepared=key.prepared,
+            threads=torch.get_num_threads(),
+        )
+
+    predicted = plan("")
+    plans = [plan(name) for name in _ALGORITHMS if name != predicted.algorithm]
+    # Where an algorithm does not support the pass, its plan is another's.
+    asked = [name for name in _ALGORITHMS if name != predicted.algorithm]
+    within = [
+        name
+        for name, found in zip(asked, plans, strict=True)
+        if found.algorithm == name and found.cycles <= _HOPELESS * predicted.cycles
+    ]
+    return [predicted.algorithm, *within]
+
+
+def _tune(problem: Any, key: PassKey, work: Callable[[], Callable[[], object]]) -> None:
+    """Measure a pass; `work` gives the call to time, under the algorithm chosen just before."""
+    if cpu_choices.recall(key) is not None:
+        return
+    names = _candidates(problem, key)
+    calls: dict[str, Callable[[], object]] = {}
+    repeats: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    try:
+        for name in names:
+            cpu_choices.choose(key, name)
+            calls[name] = work()
+            calls[name]()
+            repeats[name] = max(1, round(_SAMPLE_SECONDS / max(_time(calls[name], 1), 1e-7)))
+        for _ in range(_ROUNDS if len(names) > 1 else 1):
+            for name in names:
+                cpu_choices.choose(key, name)
+                calls[name]()
+                seconds[name].append(_time(calls[name], repeats[name]))
+    except BaseException:
+        cpu_choices.choose(key, "")
+        raise
+    fastest = {name: min(times) for name, times in seconds.items()}  # least disturbed
+    best = min(fastest, key=lambda name: fastest[name])
+    if fastest[best] > _CLEARLY_FASTER * fastest[names[0]]:
+        best = names[0]
+    cpu_choices.remember(key, best)
+    for watcher in watchers:
+        watcher(key, best, fastest[best])
+
+
+def _time(call: Callable[[], object], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _key(problem: Any, op: str, weight: Tensor, *, prepared: bool) -> PassKey:
+    precision = torch.ops.segpose.precision_of(weight, problem.flops)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return PassKey(tuple(problem.numbers), op, dtype, precision, prepared)
+
+
+def _problem(label: str, x: Any, w: Any, params: tuple[Any, ...]) -> Any:
+    """The convolution problem of shapes and of an operator's parameters in schema order."""
+    from . import _plan
+
+    if label == "conv2d":
+        stride, padding, dilation, groups = params
+        return _plan.ConvProblem.for_conv2d(x, w, stride, padding, dilation, groups)
+    stride, padding, output_padding, groups, dilation = params
+    return _plan.ConvProblem.for_conv_transpose2d(
+        x, w, stride, padding, output_padding, groups, dilation
+    )
+
+
+def tune_call(
+    label: str,  # "conv2d" or "conv_transpose2d"
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    params: tuple[Any, ...],  # of the operator, in schema order, with negative_slope
+    needs: tuple[bool, bool, bool],
+) -> None:
+    """Measure the passes that a call and its gradients take, where they are not known."""
+    x, w = x.detach(), w.detach()
+    b = None if b is None else b.detach()
+    if x.numel() == 0 or w.numel() == 0:
+        return
+    problem = _problem(label, tuple(x.shape), tuple(w.shape), params[:-1])
+    passes = ("fprop", "dgrad") if label == "conv2d" else ("dgrad", "fprop")
+    forward = getattr(torch.ops.segpose, f"{label}_act").default
+    backward = getattr(torch.ops.segpose, f"{label}_act_backward").default
+    with torch.no_grad():
+        _tune(
+            problem,
+            _key(problem, passes[0], w, prepared=False),
+            lambda: functools.partial(forward, x, w, b, *params),
+        )
+        if not (needs[0] or needs[1]):
+            return
+        y = forward(x, w, b, *params)
+        grad = torch.randn_like(y)
+        for wanted, op, only in (
+            (needs[0], passes[1], (True, False, False)),
+            (needs[1], "wgrad", (False, True, False)),
+        ):
+            if wanted:
+                _tune(
+                    problem,
+                    _key(problem, op, w, prepared=False),
+                    lambda: functools.partial(backward, grad, y, x, w, *params, *only),  # noqa: B023
+                )
+
+
+def tune_prepared(
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],  # of the input
+    geometry: Any,  # of swap/filters.py
+    slope: float,
+    max_bytes: int,
+) -> None:
+    """Measure a convolution whose filter is packed once, where it is not known."""
+    g = geometry
+    label = "conv_transpose2d" if g.transposed else "conv2d"
+    params = (
+        (g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+        if g.transposed
+        else (g.stride, g.padding, g.dilation, g.groups)
+    )
+    problem = _problem(label, shape, tuple(weight.shape), params)
+    handles: list[int] = []
+
+    def work() -> Callable[[], object]:
+        handle = torch.ops.segpose.prepare_conv(
+            weight,
+            bias,
+            shape,
+            g.stride,
+            g.padding,
+            g.output_padding,
+            g.dilation,
+            g.groups,
+            g.transposed,
+            slope,
+            max_bytes,
+            [],
+        )
+        handles.append(handle)
+        return lambda: torch.ops.segpose.run_prepared(handle, x, y)
+
+    with torch.no_grad():
+        last = torch.channels_last
+        x = torch.randn(shape, dtype=weight.dtype).contiguous(memory_format=last)
+        from .swap.filters import output_shape
+
+        y = torch.empty(output_shape(weight, shape, g), dtype=weight.dtype, memory_format=last)
+        try:
+            _tune(
+                problem,
+                _key(problem, "dgrad" if g.transposed else "fprop", weight, prepared=True),
+                work,
+            )
+        finally:
+            for handle in handles:
+                torch.ops.segpose.release_prepared(handle)
