@@ -195,7 +195,7 @@ def test_the_predicted_one_stays_unless_another_is_clearly_faster(
         return cpu_choices.recall(key_of(SPEC))
 
     assert tuned(0.5) == names[-1]
-    assert tuned(0.97) == names[0]
+    assert tuned(0.92) == names[0]
 
 
 def test_choosing_while_others_run() -> None:
