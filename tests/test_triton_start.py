@@ -22,6 +22,9 @@ class Compiled(CompiledKernel):
     def __init__(self, log: list[tuple[Any, ...]]) -> None:
         self.log = log
 
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
     def __getitem__(self, grid: Any) -> Any:
         return lambda *values: self.log.append(("compiled", grid, values))
 
