@@ -8,7 +8,7 @@
    - "triton" on 9.x and 10.x for problems that fill tensor-core tiles (one group, at least 16
      channels in and out and 64 on one side; float16, bfloat16, or float32 as TF32): there it
      reaches wgmma and newer tensor-core instructions, which the C++ kernels do not use. On an H200
-     it is up to twice as fast, and slower with fewer channels (docs/gpu.md);
+     it is up to twice as fast there; with fewer channels either may win (docs/gpu.md);
    - "cuda" for everything else, and "triton" where the C++ library was built without CUDA; float64
      then runs on "aten", since Triton's float64 kernels are made for checks, not for speed.
 """

@@ -57,7 +57,7 @@ def store() -> Store:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
             return next(names, "unknown")
     except OSError:

@@ -9,9 +9,10 @@ model changed by more than noise (5%); it is for others.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from torch import Tensor
 from . import cpu_choices
 from .cpu_choices import PassKey
 
-__all__ = ["Watcher", "tune_call", "tune_prepared", "watchers"]
+__all__ = ["Watcher", "measuring_again", "tune_call", "tune_prepared", "watchers"]
 
 Watcher = Callable[[PassKey, str, float], None]
 """Called with a measured pass, the chosen algorithm, and the seconds of the call it was measured
 in: for dgrad and wgrad the backward with all gradients that were asked for."""
 
 watchers: list[Watcher] = []
+
+# Passes measured since `measuring_again`; None outside of it.
+_again: set[PassKey] | None = None
 
 _ALGORITHMS = ("depthwise", "split", "winograd", "fourier", "rows", "gathered", "igemm")
 _HOPELESS = 2.5  # times the shortest prediction
@@ -51,20 +55,31 @@ def _candidates(problem: Any, key: PassKey) -> list[str]:
         )
 
     predicted = plan("")
-    plans = [plan(name) for name in _ALGORITHMS if name != predicted.algorithm]
+    most = _HOPELESS * predicted.cycles
+    plans = {name: plan(name) for name in _ALGORITHMS if name != predicted.algorithm}
     # Where an algorithm does not support the pass, its plan is another's.
-    asked = [name for name in _ALGORITHMS if name != predicted.algorithm]
-    within = [
-        name
-        for name, found in zip(asked, plans, strict=True)
-        if found.algorithm == name and found.cycles <= _HOPELESS * predicted.cycles
-    ]
-    return [predicted.algorithm, *within]
+    able = [name for name, p in plans.items() if p.algorithm == name and p.cycles <= most]
+    return [predicted.algorithm, *able]
+
+
+@contextlib.contextmanager
+def measuring_again() -> Iterator[None]:
+    """What is known is measured once more; choices that do not come up are kept."""
+    global _again
+    before, _again = _again, set()
+    try:
+        yield
+    finally:
+        _again = before
+
+
+def _is_known(key: PassKey) -> bool:
+    return cpu_choices.recall(key) is not None and (_again is None or key in _again)
 
 
 def _tune(problem: Any, key: PassKey, work: Callable[[], Callable[[], object]]) -> None:
     """Measure a pass; `work` gives the call to time, under the algorithm chosen just before."""
-    if cpu_choices.recall(key) is not None:
+    if _is_known(key):
         return
     names = _candidates(problem, key)
     calls: dict[str, Callable[[], object]] = {}
@@ -89,6 +104,8 @@ def _tune(problem: Any, key: PassKey, work: Callable[[], Callable[[], object]]) 
     if fastest[best] > _CLEARLY_FASTER * fastest[names[0]]:
         best = names[0]
     cpu_choices.remember(key, best)
+    if _again is not None:
+        _again.add(key)
     for watcher in watchers:
         watcher(key, best, fastest[best])
 
@@ -154,54 +171,33 @@ def tune_call(
 
 
 def tune_prepared(
-    weight: Tensor,
-    bias: Tensor | None,
+    label: str,  # "conv2d" or "conv_transpose2d"
     shape: tuple[int, ...],  # of the input
-    geometry: Any,  # of swap/filters.py
-    slope: float,
-    max_bytes: int,
+    output_shape: tuple[int, ...],
+    weight: Tensor,
+    params: tuple[Any, ...],  # of the operator, in schema order, without negative_slope
+    prepare: Callable[[], int],
 ) -> None:
-    """Measure a convolution whose filter is packed once, where it is not known."""
-    g = geometry
-    label = "conv_transpose2d" if g.transposed else "conv2d"
-    params = (
-        (g.stride, g.padding, g.output_padding, g.groups, g.dilation)
-        if g.transposed
-        else (g.stride, g.padding, g.dilation, g.groups)
-    )
+    """Measure a convolution whose filter is packed once, where it is not known.
+
+    `prepare` gives the number of a prepared convolution. While this runs, each candidate holds a
+    packed filter of its own.
+    """
     problem = _problem(label, shape, tuple(weight.shape), params)
+    key = _key(problem, "fprop" if label == "conv2d" else "dgrad", weight, prepared=True)
     handles: list[int] = []
 
     def work() -> Callable[[], object]:
-        handle = torch.ops.segpose.prepare_conv(
-            weight,
-            bias,
-            shape,
-            g.stride,
-            g.padding,
-            g.output_padding,
-            g.dilation,
-            g.groups,
-            g.transposed,
-            slope,
-            max_bytes,
-            [],
-        )
+        handle = prepare()
         handles.append(handle)
-        return lambda: torch.ops.segpose.run_prepared(handle, x, y)
+        return functools.partial(torch.ops.segpose.run_prepared, handle, x, y)
 
     with torch.no_grad():
         last = torch.channels_last
         x = torch.randn(shape, dtype=weight.dtype).contiguous(memory_format=last)
-        from .swap.filters import output_shape
-
-        y = torch.empty(output_shape(weight, shape, g), dtype=weight.dtype, memory_format=last)
+        y = torch.empty(output_shape, dtype=weight.dtype, memory_format=last)
         try:
-            _tune(
-                problem,
-                _key(problem, "dgrad" if g.transposed else "fprop", weight, prepared=True),
-                work,
-            )
+            _tune(problem, key, work)
         finally:
             for handle in handles:
                 torch.ops.segpose.release_prepared(handle)

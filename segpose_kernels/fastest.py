@@ -13,6 +13,7 @@ is known by then, else the rule of auto.py.
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from . import auto, backends
 from .autograd import transforms_active
+from .backends import LIBRARY
 from .triton.device import device_of, float32_precision, is_capturing
 
-__all__ = ["choose", "enabled", "is_wanted", "measure_ms"]
+__all__ = ["choose", "enabled", "forget", "is_wanted", "measure_ms"]
 
 Runner = Callable[[Tensor, Tensor, Tensor | None, tuple[Any, ...]], Tensor]
 
@@ -75,7 +77,7 @@ def choose(
         label,
         x.device,
         x.dtype,
-        float32_precision() if x.is_cuda else torch.get_num_threads(),
+        _settings(x),
         tuple(x.shape),
         tuple(w.shape),
         _layout(x),
@@ -92,6 +94,19 @@ def choose(
         if key not in _winners:
             _winners[key] = _measure(label, runners, operands, needs, params)
         return _winners[key]
+
+
+def _settings(x: Tensor) -> object:
+    """What else decides how fast a call is."""
+    if x.is_cuda or not LIBRARY.loaded:
+        return float32_precision()
+    return torch.get_num_threads(), torch.ops.segpose.precision_of(x, math.inf)
+
+
+def forget() -> None:
+    """Measure backends anew."""
+    with _lock:
+        _winners.clear()
 
 
 def _on_cpu(x: Tensor) -> bool:

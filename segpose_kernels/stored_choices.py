@@ -28,7 +28,10 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "segpose_kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "segpose_kernels"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "segpose_kernels"
 
 
 class Store:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -122,8 +123,7 @@ def _tune_on_cpu(
         measured += 1
         print(f"{seconds * 1e3:9.4f} ms  {algorithm:9}  {key}", flush=True)
 
-    if force:
-        cpu_choices.forget()
+    fastest.forget()  # what this process knows of backends would hide passes
     before, fastest.enabled = fastest.enabled, True
     cpu_tuning.watchers.append(show)
     try:
@@ -134,6 +134,7 @@ def _tune_on_cpu(
         model, _ = optimize(model, mode="train" if training else "inference")
         x = torch.randn(tuple(shape), dtype=held).contiguous(memory_format=last)
         with (
+            cpu_tuning.measuring_again() if force else contextlib.nullcontext(),
             torch.set_grad_enabled(training),
             torch.autocast("cpu", dtype=dtype, enabled=held != dtype),
         ):

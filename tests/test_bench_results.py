@@ -43,6 +43,29 @@ def test_another_form_of_this_package_is_no_peer() -> None:
     assert case.ratio.value == pytest.approx(2)
 
 
+def test_replayed_graphs_are_compared_with_each_other() -> None:
+    graphs = {"segpose-graph": 1.0, "eager-graph": 3.0}
+    both = result({"segpose": 4.0, "eager": 6.0} | graphs)
+    assert both.ratio is not None
+    assert both.ratio.value == pytest.approx(3.0), "the fastest peer is a graph, and so is ours"
+    assert both.ratio_to_eager is not None
+    assert both.ratio_to_eager.value == pytest.approx(1.5), "without graphs on either side"
+    alone = result({"segpose": 4.0, "eager-graph": 3.0})
+    assert alone.ratio is not None
+    assert alone.ratio.value == pytest.approx(0.75), "no graph of ours was measured"
+
+
+def test_the_method_is_that_of_the_device() -> None:
+    run = run_of(result({"segpose": 1.0, "eager": 2.0}))
+    on_cpu = document.to_markdown(report._method(run))
+    run.settings["device"] = "cuda"
+    on_gpu = document.to_markdown(report._method(run))
+    assert "thread pools" in on_cpu
+    assert "TF32" not in on_cpu
+    assert "CUDA events" in on_gpu
+    assert "thread pools" not in on_gpu
+
+
 def test_noise_is_told() -> None:
     assert NOISY.noisy
     assert not FASTER.noisy

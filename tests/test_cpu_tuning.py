@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import segpose_kernels
-from segpose_kernels import _plan, cpu_choices, cpu_tuning, fastest, optimize
+from segpose_kernels import _plan, cpu_choices, cpu_tuning, fastest, optimize, stored_choices
 from segpose_kernels.__main__ import main
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.cpu_choices import PassKey
@@ -260,7 +261,40 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("6 passes measured")
     assert all("bfloat16" in line and "prepared" in line for line in lines[:-1])
+    # What does not come up is kept, also by --force.
+    assert len(cpu_choices.store()) == 17
+    assert main((*arguments, "--force")) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("11 passes measured")
+    assert len(cpu_choices.store()) == 17
     assert not segpose_kernels.benchmark
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is imported all the same: a folder for temporary files takes the choices."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SEGPOSE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert stored_choices.cache_folder() == Path(tempfile.gettempdir()) / "segpose_kernels"
+
+
+def test_another_precision_is_measured_anew(
+    measured: list[tuple[PassKey, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(fastest, "measure_ms", lambda do: float(timed.append("") or len(timed)))
+    tensors = SPEC.make_tensors(torch.float32)
+    operands = tensors.input, tensors.weight, tensors.bias
+    with torch.no_grad():
+        call_fused(SPEC, *operands, backend="auto")
+        with segpose_kernels.precision("exact"):
+            call_fused(SPEC, *operands, backend="auto")
+        call_fused(SPEC, *operands, backend="auto")
+    assert [key.precision for key, _ in measured] == ["highest", "exact"]
+    assert len(timed) == 4, "ours and torch's, in each precision"
 
 
 def test_plans_know_problems_by_the_same_numbers() -> None:

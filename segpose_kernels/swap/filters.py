@@ -10,6 +10,7 @@ weight and bias, at a few of their elements (for what writes past the version co
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 import weakref
@@ -41,6 +42,13 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
     transposed: bool
+
+    @property
+    def params(self) -> tuple[Any, ...]:
+        """In schema order, without negative_slope."""
+        if self.transposed:
+            return self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return self.stride, self.padding, self.dilation, self.groups
 
 
 def geometry_of(conv: Fused, output_padding: tuple[int, ...] | None = None) -> Geometry | None:
@@ -194,27 +202,30 @@ class FilterCache:
         forms: dict[Any, Form],
     ) -> Form:
         shape, geometry, slope = key
+        result = output_shape(weight, shape, geometry)
         room = max(self.max_bytes - self._bytes(), 0)
+        prepare = functools.partial(
+            torch.ops.segpose.prepare_conv,
+            weight,
+            bias,
+            shape,
+            geometry.stride,
+            geometry.padding,
+            geometry.output_padding,
+            geometry.dilation,
+            geometry.groups,
+            geometry.transposed,
+            slope,
+            room,
+        )
         if fastest.enabled and room > 0:
             tuning = importlib.import_module("..cpu_tuning", __package__)
-            tuning.tune_prepared(weight, bias, shape, geometry, slope, room)
+            label = "conv_transpose2d" if geometry.transposed else "conv2d"
+            tuning.tune_prepared(label, shape, result, weight, geometry.params, lambda: prepare([]))
             settings = settings_key(weight.dtype)  # choices are settings
         with torch.no_grad():
-            handle = torch.ops.segpose.prepare_conv(
-                weight,
-                bias,
-                shape,
-                geometry.stride,
-                geometry.padding,
-                geometry.output_padding,
-                geometry.dilation,
-                geometry.groups,
-                geometry.transposed,
-                slope,
-                room,
-                [form.handle for form in forms.values()],
-            )
-        return Form(handle, weight, bias, settings, shape, output_shape(weight, shape, geometry))
+            handle = prepare([form.handle for form in forms.values()])
+        return Form(handle, weight, bias, settings, shape, result)
 
     def _bytes(self) -> int:
         places = {

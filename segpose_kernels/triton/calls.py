@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """call -> plans: the convolution problem behind an operator's call, and the passes that it takes.
 
-Planned once for each kind of call: `forward_passes` and `backward_passes` remember.
+Planned once for each kind of call: `forward_pass` and `backward_passes` remember.
 """
 
 from __future__ import annotations

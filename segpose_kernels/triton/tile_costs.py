@@ -5,7 +5,8 @@ The model counts rounds of programs on a multiprocessor and steps along gemm_k. 
 as its products or its loads, shared among the programs that are resident together, or, with few of
 them, as long as memory takes to answer, spread over the stages in flight. Rates are those of
 whitepapers; the other figures were fitted to 8,000 timings of 51 layers in float16 and TF32 on an
-H200, where the chosen tile takes 2% longer than the best, in wgrad 4%, in the geometric mean.
+H200, where the chosen tile takes 2 to 4% longer than the best of all that were measured, in wgrad 7
+to 9%, in the geometric mean.
 `segpose tune` and `segpose_kernels.benchmark` measure instead.
 """
 
