@@ -64,8 +64,8 @@ class Tile:
 
 
 # Candidates for the architectures of a family: 8 for mma.sync (8.x, 12.x), 9 for wgmma and tcgen05
-# (9.x and 10.x). On 8.0 and 9.0 no kernel of docs/kernels.md spills; beside them, on 9.0, wgrad with
-# ragged or single channels and TF32 dgrad with 64-bit offsets do, by at most 148 bytes.
+# (9.x and 10.x). On 8.0 and 9.0 no kernel of docs/kernels.md spills; beside them, on 9.0, wgrad
+# with ragged or single channels and TF32 with 64-bit offsets do, by at most 148 bytes.
 _GATHER: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("half", 8): (
         Tile(128, 128, 64, 8, 3),
