@@ -315,7 +315,8 @@ void fourier_output(const float* p, int64_t m, int64_t frequency_step, int64_t l
     if (bias != nullptr) offset = load<float>(bias + column);
     for (int64_t i = 0; i < m; ++i) {
       real_transform_transposed<N>(half + i * N, half + i * N + kHalf + 1, x);
-      store_pixels<0>(x, offset, epilogue.activation, negative_slope, columns - column, column, out + i * m, m);
+      store_pixels<0>(x, offset, epilogue.activation, negative_slope, columns - column, column, out + i * m,
+                      out + (m + i) * m, m);
     }
   }
 }

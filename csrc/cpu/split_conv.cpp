@@ -245,8 +245,18 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
                    scratch);
       }
     };
+    // What follows arrives evenly: the next chunk, or the next panel where it is as wide.
+    const char* next = nullptr;
+    if (!last) {
+      next = args.b[0] + split.chunk_blocks * args.b_block;
+    } else if (panel + 1 < block.panel_end && split.panel_tiles(plan.columns(), panel + 1) == tiles) {
+      next = launch.packed + launch.layout->panel_offset(plan, phase, block.group, panel + 1);
+    }
+    const int64_t lines = next == nullptr ? 0 : launch.layout->step_bytes(plan, panel) / kLineBytes;
     for (int64_t g = 0; g < groups; ++g) {
       const TileGroup& group = scratch.groups[g];
+      args.next = next + lines * g / groups * kLineBytes;
+      args.next_lines = lines * (g + 1) / groups - lines * g / groups;
       const SplitShape& shape = tiles == 1 ? kernels.narrow : group.count == 1 ? kernels.flat : kernels.wide;
       for (int t = 0; t < shape.row_tiles; ++t) {
         const int64_t tile = group.first + std::min<int64_t>(t, group.count - 1);

@@ -18,6 +18,7 @@ constexpr int kTileRows = 16;     // rows of A and of C in a tile
 constexpr int kTileColumns = 16;  // columns of B and of C in a tile
 constexpr int kTileDepth = 32;    // gemm_k of a step: one row of A, 16 pairs of rows of B
 constexpr int kTileBytes = 1024;  // of an operand tile
+constexpr int kLineBytes = 64;    // of a cache line
 constexpr int kTileFloats = 256;  // of an accumulator tile
 constexpr int kMaxTerms = 3;
 constexpr int kMaxRowTiles = 4;
@@ -42,7 +43,8 @@ struct SplitGemmArgs {
   const float* in;                   // sums so far, or null; tiles lie as those of `out` do
   float* out;
   int64_t out_row_tile, out_column_tile;  // elements from one tile of [16][16] to the next
-  const char* next;                       // blocks that the next call reads in place of `b`, or null
+  const char* next;                       // what a later call reads in place of `b`,
+  int64_t next_lines;                     // and how many cache lines to ask for at each step
 };
 
 // Row tiles and column tiles of one call. Four accumulators hide the latency of a tile product.

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // GEMM of one frequency and the pixel epilogue that the transforms share. Included like ukernels-inl.h, after it.
 
-// Pixels of one line with bias and activation, to where they belong: `Count` of them, or `count` where that is 0.
+// Pixels of one line with bias and activation, to where they belong: `Count` of them, or `count` where that is 0. Those
+// of `next` are asked for, as the next tile writes them.
 template <int Count>
 SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<float>::Vector& bias,
                                  Activation activation, float negative_slope, int64_t valid, int64_t column,
-                                 float* const* out, int64_t count = Count) {
+                                 float* const* out, float* const* next, int64_t count = Count) {
   constexpr int kLength = Simd<float>::kLength;
   const int64_t end = Count > 0 ? Count : count;
   SEGPOSE_UNROLL
   for (int64_t i = 0; i < end; ++i) {
+    __builtin_prefetch(next[i] + column, 1);
     if (out[i] == nullptr) continue;
     const Simd<float>::Vector value = activate<float>(pixels[i] + bias, activation, negative_slope);
     if (valid >= kLength) {
@@ -20,6 +22,12 @@ SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<f
       for (int64_t lane = 0; lane < valid; ++lane) out[i][column + lane] = lanes[lane];
     }
   }
+}
+
+// The vectors of a step: one or two.
+SEGPOSE_INLINE void prefetch_next(const float* next, int64_t step) {
+  __builtin_prefetch(next, 0, 2);
+  __builtin_prefetch(next + step - Simd<float>::kLength, 0, 2);
 }
 
 template <int MR, int NV>
@@ -35,10 +43,8 @@ void panel_gemm(const PanelArgs& args) {
     for (int64_t step = 0; step < steps; ++step) {
       Vector row[NV];
       SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        row[v] = load<float>(b + v * kLength);
-        __builtin_prefetch(next + v * kLength, 0, 2);
-      }
+      for (int v = 0; v < NV; ++v) row[v] = load<float>(b + v * kLength);
+      prefetch_next(next, args.next_step);
       SEGPOSE_UNROLL
       for (int m = 0; m < MR; ++m) {
         const float value = a[m * kLength + step];
@@ -46,7 +52,7 @@ void panel_gemm(const PanelArgs& args) {
         for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
       }
       b += NV * kLength;
-      next += NV * kLength;
+      next += args.next_step;
     }
   }
   SEGPOSE_UNROLL
@@ -71,8 +77,7 @@ void panel_gemm_complex(const PanelArgs& args) {
     for (int64_t step = 0; step < steps; ++step) {
       const Vector br = load<float>(b);
       const Vector bi = load<float>(b + kLength);
-      __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(next + kLength, 0, 2);
+      prefetch_next(next, args.next_step);
       SEGPOSE_UNROLL
       for (int m = 0; m < MR; ++m) {
         const float ar = a[m * 2 * kLength + step];
@@ -83,7 +88,7 @@ void panel_gemm_complex(const PanelArgs& args) {
         imaginary[m] += ai * br;
       }
       b += 2 * kLength;
-      next += 2 * kLength;
+      next += args.next_step;
     }
   }
   SEGPOSE_UNROLL

@@ -43,7 +43,7 @@ struct Scratch {
   char* v;  // null where it is shared
   char* p;
   TileReader reader;
-  float** out;       // [tile][m * m] destination pixels, null outside the image
+  float** out;       // [tile and one more][m * m] destination pixels, null outside the image
   int64_t* offsets;  // their element offsets
   float* pixels;     // [tile][m * m][columns] on their way to another layout or dtype
 
@@ -53,7 +53,7 @@ struct Scratch {
     const Extents e(plan);
     v = shares_input(plan) ? nullptr : arena.take<char>(e.v_size);
     p = arena.take<char>(e.p_size);
-    out = arena.take<float*>(e.tiles * t.m * t.m);
+    out = arena.take<float*>((e.tiles + 1) * t.m * t.m);
     offsets = arena.take<int64_t>(e.tiles * t.m * t.m);
     pixels = direct ? nullptr : arena.take<float>(e.tiles * t.m * t.m * t.group_panels * t.panel_columns);
   }
@@ -115,6 +115,7 @@ void multiply(const Plan& plan, const TransformFilter& layout, const Block& bloc
   const int64_t vectors = transform.panel_columns / kernels.vector_length;
   const PanelTile* heights = transform.parts == 2 ? kernels.complex : kernels.real;
   const int64_t row = transform.parts * kernels.vector_length;
+  const int64_t rows = round_up(block.count, kTransformRows);
   PanelArgs args{};
   args.a_line = e.v_line / 4;
   args.out_line = e.p_line / 4;
@@ -130,14 +131,15 @@ void multiply(const Plan& plan, const TransformFilter& layout, const Block& bloc
       args.next = reinterpret_cast<const float*>(more ? next : b);
       float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + p * vectors * e.p_line);
       const PanelTile* tile = heights;
-      for (int64_t t = 0; t < block.count; t += tile->mr) {
+      for (int64_t t = 0; t < rows; t += tile->mr) {
         // The tallest that does not compute more rows than are left; 8 + 8 runs faster than 12 + 4.
-        const int64_t left = round_up(block.count - t, kTransformRows);
-        while (tile->mr > left || (left == 16 && tile->mr == 12)) ++tile;
+        while (tile->mr > rows - t || (rows - t == 16 && tile->mr == 12)) ++tile;
         args.a = v + t * row;
         args.out = out + t * row;
+        // The next panel arrives evenly: half of it during the first call, half during the second.
+        args.next_step = kernels.vector_length * (tile->mr < rows ? 1 : 2);
         tile->run(args);
-        args.next = args.b;
+        args.next = t == 0 ? args.next + args.depth * args.next_step : args.b;
       }
     }
   }
@@ -160,22 +162,27 @@ void multiply_split(const Plan& plan, const TransformFilter& layout, const Block
   args.b_block = transform.terms * 2 * kTileBytes;
   args.out_row_tile = kTileFloats;
   args.out_column_tile = e.p_line / 4;
+  const int64_t lines = args.b_block / kLineBytes;
   for (int64_t f = 0; f < transform.frequencies; ++f) {
     const char* v = input + f * e.v_frequency;
     for (int64_t p = block.panel_begin; p < block.panel_end; ++p) {
       args.b[0] = filter + f * layout.frequency + p * layout.panel;
       args.b[1] = args.b[0] + kTileBytes;
+      // The next panel arrives evenly, a share of its lines during each call.
       const bool last = p + 1 == block.panel_end;
-      args.next = args.b[0] + (last ? layout.frequency - (p - block.panel_begin) * layout.panel : layout.panel);
-      if (last && f + 1 == transform.frequencies) args.next = nullptr;
+      const char* next = args.b[0] + (last ? layout.frequency - (p - block.panel_begin) * layout.panel : layout.panel);
+      const bool more = !last || f + 1 < transform.frequencies;
+      const int64_t calls = ceil_div(block.count, 2 * kTileRows);
       float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + (p - block.panel_begin) * 2 * e.p_line);
-      for (int64_t t = 0; t < block.count; t += 2 * kTileRows) {
+      for (int64_t call = 0; call < calls; ++call) {
+        const int64_t t = call * 2 * kTileRows;
         const SplitShape& shape = block.count - t > kTileRows ? kernels.wide : kernels.flat;
         args.a[0] = v + t * kTileDepth * 2;
         args.a[1] = args.a[0] + kTileRows * kTileDepth * 2;
         args.out = out + t * kTileColumns;
+        args.next = next + lines * call / calls * kLineBytes;
+        args.next_lines = more ? lines * (call + 1) / calls - lines * call / calls : 0;
         shape.run[transform.terms - 1](args);
-        args.next = nullptr;
       }
     }
   }
@@ -213,9 +220,12 @@ void transform_output(const TransformLaunch& launch, const Block& block, const E
         scratch.offsets[written++] = offset;
       }
     }
+  }
+  std::fill_n(scratch.out + block.count * e.m * e.m, e.m * e.m, nullptr);
+  for (int64_t t = 0; t < block.count; ++t) {
     const float* p = reinterpret_cast<const float*>(scratch.p) + t * transform.parts * kernels.vector_length;
     kernels.codelets[transform.codelet].output(p, transform.m, e.p_frequency / 4, e.p_line / 4, columns,
-                                               launch.epilogue, bias, out);
+                                               launch.epilogue, bias, scratch.out + t * e.m * e.m);
   }
   if (!direct) {
     unstage_block(ukernels<float>(plan.isa), scratch.pixels, width, written, columns, destination, scratch.offsets,

@@ -29,7 +29,8 @@ struct TransformCodelets {
   // rows: r rows of taps, `tap_step` apart. Writes u[frequency][line][parts][vector].
   void (*filter)(const float* const* rows, int64_t r, int64_t tap_step, int64_t columns, float* u,
                  int64_t frequency_step, int64_t line_step);
-  // p[frequency][line][parts][vector] to m * m pixels, null where there is none, with the epilogue.
+  // p[frequency][line][parts][vector] to m * m pixels, null where there is none, with the epilogue. The m * m pixels of
+  // the next tile follow in `out`.
   void (*output)(const float* p, int64_t m, int64_t frequency_step, int64_t line_step, int64_t columns,
                  const Epilogue& epilogue, const float* bias, float* const* out);
 };
@@ -40,7 +41,8 @@ struct PanelArgs {
   int64_t a_line;
   int64_t depth;
   const float* b;     // [depth][nr vectors][parts][vector]
-  const float* next;  // of the same size as b, needed soon: asked for on the way
+  const float* next;  // needed soon: asked for on the way, `next_step` values in a step of depth
+  int64_t next_step;  // one vector or two
   float* out;         // [line][row][parts][vector], lines `out_line` apart
   int64_t out_line;
 };

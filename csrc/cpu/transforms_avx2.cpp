@@ -8,7 +8,7 @@
 #define SEGPOSE_VECTOR_BYTES 32
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("prfchw,avx2,fma,f16c")
 namespace segpose::avx2 {
 
 // clang-format off: each text uses those before it

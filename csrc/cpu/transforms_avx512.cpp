@@ -8,7 +8,7 @@
 #define SEGPOSE_VECTOR_BYTES 64
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace segpose::avx512 {
 
 // clang-format off: each text uses those before it

@@ -257,7 +257,7 @@ void winograd_output(const float* p, int64_t, int64_t frequency_step, int64_t li
       for (int j = 0; j < F::kN; ++j) row[j] = half[i * F::kN + j];
       F::output(row, pixels);
       store_pixels<F::kM>(pixels, offset, epilogue.activation, negative_slope, columns - column, column,
-                          out + i * F::kM);
+                          out + i * F::kM, out + (F::kM + i) * F::kM);
     }
   }
 }
