@@ -40,6 +40,7 @@ enum class Activation { none, relu, leaky_relu };
 struct Epilogue {
   Activation activation;
   double negative_slope;
+  bool pooled = false;  // the destination holds the largest values of 2 x 2 pixels, where a pass can_pool
 };
 
 // The op schemas carry the activation as one number: 1 none, 0 ReLU, anything else leaky ReLU.

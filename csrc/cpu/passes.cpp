@@ -272,6 +272,13 @@ void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, 
   }
 }
 
+bool can_pool(const Plan& plan, const TensorView& destination) {
+  if (plan.algorithm == Algorithm::split) {
+    return split_can_pool(plan) && (destination.stride_c == 1 || destination.c == 1);
+  }
+  return plan.transforms() && transform_can_pool(plan) && destination.has_channel_rows(DType::float32);
+}
+
 int64_t gather_workspace(const GatherPass& pass, int64_t workers) {
   Arena arena(nullptr);
   if (pass.plan->packs_source()) {

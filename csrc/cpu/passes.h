@@ -29,6 +29,9 @@ int64_t pack_workspace(const Plan& plan, int64_t workers);
 void pack_pass_filter(const Plan& plan, const FilterView& filter, void* packed, void* workspace,
                       const Executor& executor);
 
+// Whether the pass can pool on its way to this destination, which has half the extents (see Epilogue::pooled).
+bool can_pool(const Plan& plan, const TensorView& destination);
+
 // Bytes of workspace for run_gather_pass with that many workers.
 int64_t gather_workspace(const GatherPass& pass, int64_t workers);
 void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor);

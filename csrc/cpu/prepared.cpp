@@ -202,30 +202,45 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
   return allocate_bytes(bytes, like.device());
 }
 
-}  // namespace
-
-void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
-  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
-  const Tensor& weight = conv->weight.tensor();
-  check_operand(input, "input", conv->input_shape, weight);
-  check_operand(output, "output", conv->output_shape, weight);
-  STD_TORCH_CHECK(to_dtype(weight) == conv->plan.dtype,
+void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, const Epilogue& epilogue) {
+  const Tensor& weight = conv.weight.tensor();
+  check_operand(input, "input", conv.input_shape, weight);
+  STD_TORCH_CHECK(to_dtype(weight) == conv.plan.dtype,
                   "segpose: the dtype of weight has changed since it was prepared");
   // Waking the others takes some microseconds.
   constexpr double kAloneCycles = 30e3;
   Executor executor = torch_executor();
-  if (conv->plan.cycles < kAloneCycles) executor.workers = 1;
-  const Tensor* bias = conv->bias.has_value() ? &conv->bias->tensor() : nullptr;
-  const GatherPass request{&conv->plan,
+  if (conv.plan.cycles < kAloneCycles) executor.workers = 1;
+  const Tensor* bias = conv.bias.has_value() ? &conv.bias->tensor() : nullptr;
+  const GatherPass request{&conv.plan,
                            {view_of(input), nullptr},
                            filter_of(weight),
-                           conv->packed.has_value() ? conv->packed->data_ptr() : nullptr,
+                           conv.packed.has_value() ? conv.packed->data_ptr() : nullptr,
                            bias != nullptr ? bias->data_ptr() : nullptr,
                            bias != nullptr ? bias->stride(0) : 0,
                            view_of(output),
-                           conv->epilogue};
+                           epilogue};
   const Workspace workspace(gather_workspace(request, executor.workers), weight);
   run_gather_pass(request, workspace.data(), executor);
+}
+
+}  // namespace
+
+void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
+  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  check_operand(output, "output", conv->output_shape, conv->weight.tensor());
+  run(*conv, input, output, conv->epilogue);
+}
+
+bool run_prepared_pooled(int64_t handle, const Tensor& input, Tensor output) {
+  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  const Ints& shape = conv->output_shape;
+  check_operand(output, "output", {shape[0], shape[1], shape[2] / 2, shape[3] / 2}, conv->weight.tensor());
+  if (!can_pool(conv->plan, view_of(output))) return false;
+  Epilogue epilogue = conv->epilogue;
+  epilogue.pooled = true;
+  run(*conv, input, output, epilogue);
+  return true;
 }
 
 }  // namespace segpose

@@ -8,6 +8,9 @@ namespace segpose {
 
 // output = act(conv(input)), both of the shapes that the convolution was prepared for.
 void run_prepared(int64_t handle, const Tensor& input, Tensor output);
+// output = max_pool2x2(act(conv(input))) without what stands between; false, and nothing done, where the convolution's
+// algorithm cannot.
+bool run_prepared_pooled(int64_t handle, const Tensor& input, Tensor output);
 void max_pool2x2(const Tensor& input, Tensor output);
 // Between tensors of the same shape, pixel by pixel.
 void copy_channels(const Tensor& input, Tensor output);

@@ -10,7 +10,8 @@ namespace segpose {
 namespace {
 
 // The numbers are those of segpose_kernels/swap/frames.py.
-enum StepKind : int64_t { kConv = 0, kPool = 1, kCopy = 2, kTranspose = 3 };
+// kPooledConv: the step after it pools, and nothing else reads what stands between.
+enum StepKind : int64_t { kConv = 0, kPool = 1, kCopy = 2, kTranspose = 3, kPooledConv = 4 };
 // Kind, handle of a convolution, and which of the tensors are read and written.
 constexpr size_t kStepInts = 4;
 
@@ -27,6 +28,16 @@ void run_steps(Ints code, std::vector<Tensor> tensors) {
     switch (code[i]) {
       case kConv:
         run_prepared(code[i + 1], input, output);
+        break;
+      case kPooledConv:
+        STD_TORCH_CHECK(
+            i + kStepInts < code.size() && code[i + kStepInts] == kPool && code[i + kStepInts + 2] == code[i + 3],
+            "segpose: no pool reads what step ", i / kStepInts, " writes");
+        if (run_prepared_pooled(code[i + 1], input, tensor(code[i + kStepInts + 3]))) {
+          i += kStepInts;
+        } else {
+          run_prepared(code[i + 1], input, output);
+        }
         break;
       case kPool:
         max_pool2x2(input, output);

@@ -82,6 +82,7 @@ int64_t list_tiles(const SplitLaunch& launch, const Block& block, const Phase& p
   const int64_t rows = std::min(block.rows, phase.rows - block.first_row);
   const int64_t pitch = split.planes.pitch;
   const int64_t step_w = phase.ostep_w * out.stride_w;
+  const bool pooled = launch.epilogue.pooled;
   const auto start = [&](int64_t image, int64_t row) {
     return out.offset(block.first_image + image, phase.oh + (block.first_row + row) * phase.ostep_h, phase.ow);
   };
@@ -90,16 +91,23 @@ int64_t list_tiles(const SplitLaunch& launch, const Block& block, const Phase& p
   switch (split.row_tiles) {
     case RowTiles::columns:
       for (int64_t image = 0; image < block.images; ++image) {
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t line = start(image, row);
+        // To be pooled, a tile comes with the one below it, and half its offsets count: where windows are written.
+        const int64_t height = pooled ? 2 : 1;
+        for (int64_t row = 0; row + height <= rows; row += height) {
+          const int64_t line =
+              pooled ? out.offset(block.first_image + image, (block.first_row + row) / 2, 0) : start(image, row);
           for (int64_t col = 0; col < phase.cols; col += kTileRows) {
             const int64_t from = std::max<int64_t>(std::min(col, phase.cols - kTileRows), 0);
-            RowTile& tile = tiles[count++];
-            tile.a = image * layout.image + row * layout.row + from * layout.pixel;
-            tile.row = tile.last_row = block.first_row + row;
-            tile.col = -1;
-            const int64_t valid = std::min<int64_t>(kTileRows, phase.cols - from);
-            for (int64_t i = 0; i < kTileRows; ++i) tile.offsets[i] = i < valid ? line + (from + i) * step_w : -1;
+            const int64_t valid = std::min<int64_t>(kTileRows, phase.cols - from) / height;
+            for (int64_t y = row; y < row + height; ++y) {
+              RowTile& tile = tiles[count++];
+              tile.a = image * layout.image + y * layout.row + from * layout.pixel;
+              tile.row = tile.last_row = block.first_row + y;
+              tile.col = -1;
+              for (int64_t i = 0; i < kTileRows; ++i) {
+                tile.offsets[i] = i < valid ? line + (from / height + i) * step_w : -1;
+              }
+            }
           }
         }
       }
@@ -181,8 +189,9 @@ int64_t group_tiles(const SplitLaunch& launch, const std::vector<PlaneStep>& ste
   return groups;
 }
 
-void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sums, int64_t channel, int64_t columns,
-                const float* bias, const Scratch& scratch) {
+// `below`: from a tile's sums to those of the tile below, where the two are pooled.
+void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sums, int64_t below, int64_t channel,
+                int64_t columns, const float* bias, const Scratch& scratch) {
   const SplitUkernels& kernels = *split_ukernels(launch.plan->isa);
   const TensorView& out = launch.destination;
   SplitStoreArgs args{sums,
@@ -193,6 +202,10 @@ void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sum
                       out.dtype,
                       static_cast<char*>(out.data) + channel * dtype_size(out.dtype),
                       tile.offsets};
+  if (launch.epilogue.pooled) {
+    kernels.store_pooled(args, below);
+    return;
+  }
   if (out.stride_c == 1 || out.c == 1) {
     kernels.store(args);
     return;
@@ -224,6 +237,7 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
   const int64_t channel = block.group * plan.columns() + first_column;
   const float* bias =
       launch.bias == nullptr ? nullptr : launch.bias + block.group * split.panels * kPanelColumns + first_column;
+  const int64_t height = launch.epilogue.pooled ? 2 : 1;
   SplitGemmArgs args{};
   args.a_row = split.row_tiles == RowTiles::images ? layout.image : layout.pixel;
   args.a_term = layout.term;
@@ -240,9 +254,9 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
     const auto store_group = [&](int64_t g) {
       const TileGroup& group = scratch.groups[g];
       const float* result = scratch.result + g % 2 * kMaxRowTiles * kTileFloats;
-      for (int64_t t = 0; t < group.count; ++t) {
-        store_tile(launch, scratch.tiles[group.first + t], result + t * tiles * kTileFloats, channel, columns, bias,
-                   scratch);
+      for (int64_t t = 0; t < group.count; t += height) {
+        store_tile(launch, scratch.tiles[group.first + t], result + t * args.out_row_tile, args.out_row_tile, channel,
+                   columns, bias, scratch);
       }
     };
     // What follows arrives evenly: the next chunk, or the next panel where it is as wide.
@@ -296,6 +310,13 @@ void run_block(const SplitLaunch& launch, const Block& block, const Scratch& scr
 }
 
 }  // namespace
+
+bool split_can_pool(const Plan& plan) {
+  const SplitPlan& split = plan.split;
+  const Phase& phase = plan.phases.front();
+  return plan.pass == Pass::fprop && split.row_tiles == RowTiles::columns && phase.cols % 2 == 0 &&
+         (split.rows % 2 == 0 || split.rows >= phase.rows);
+}
 
 int64_t split_scratch(const Plan& plan, const MaskedSource& source) {
   Arena arena(nullptr);

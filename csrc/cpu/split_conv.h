@@ -18,6 +18,9 @@ struct SplitLaunch {
   Epilogue epilogue;
 };
 
+// Whether the pass can write the largest values of 2 x 2 pixels, with channels side by side.
+bool split_can_pool(const Plan& plan);
+
 // Bytes of scratch per worker.
 int64_t split_scratch(const Plan& plan, const MaskedSource& source);
 

@@ -78,3 +78,26 @@ void store(const SplitStoreArgs& args) {
   if (args.dtype == DType::bfloat16) return store_activated<DType::bfloat16>(args);
   store_activated<DType::float16>(args);
 }
+
+// torch's maximum: the first of equal values stays, and a NaN wins.
+SEGPOSE_INLINE __m512 larger(__m512 a, __m512 b) {
+  return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
+}
+
+// Bias, activation and rounding keep the order of values: the largest sum gives the largest result.
+void store_pooled(const SplitStoreArgs& args, int64_t below) {
+  alignas(64) float most[2 * kTileFloats];
+  for (int64_t c = 0; c < args.columns; c += kTileColumns) {
+    const int64_t column_tile = c / kTileColumns * kTileFloats;
+    for (int i = 0; i < kTileRows / 2; ++i) {
+      const float* above = args.tiles + column_tile + 2 * i * kTileColumns;
+      const __m512 first = larger(_mm512_loadu_ps(above), _mm512_loadu_ps(above + kTileColumns));
+      const __m512 second = larger(first, _mm512_loadu_ps(above + below));
+      _mm512_store_ps(most + column_tile + i * kTileColumns,
+                      larger(second, _mm512_loadu_ps(above + below + kTileColumns)));
+    }
+  }
+  SplitStoreArgs pooled = args;
+  pooled.tiles = most;
+  store(pooled);
+}

@@ -89,6 +89,8 @@ struct SplitUkernels {
   void (*gather_matrix)(DType dtype, const void* source, int64_t offset, int64_t row_step, int64_t column_step,
                         int64_t rows, int64_t columns, float* destination);
   void (*store)(const SplitStoreArgs&);
+  // The largest values of 2 x 2 pixels: of two row tiles, one image row above the other, `below` elements apart.
+  void (*store_pooled)(const SplitStoreArgs&, int64_t below);
 };
 
 // Null where the instruction set has no tiles.

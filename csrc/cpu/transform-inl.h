@@ -1,6 +1,38 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // GEMM of one frequency and the pixel epilogue that the transforms share. Included like ukernels-inl.h, after it.
 
+// torch's maximum: the first of equal values stays, and a NaN wins.
+SEGPOSE_INLINE Simd<float>::Vector larger(const Simd<float>::Vector& a, const Simd<float>::Vector& b) {
+  return ((b > a) | (b != b)) ? b : a;
+}
+
+// The largest values of 2 x 2 pixels of a tile [m][m][columns], whose pixels lie `step` apart, to m / 2 * m / 2 pixels,
+// null where there is none. Those of the next tile follow in `out`.
+void pool_tile(const float* tile, int64_t step, int64_t m, int64_t columns, float* const* out) {
+  constexpr int kLength = Simd<float>::kLength;
+  const int64_t edge = m / 2;
+  for (int64_t i = 0; i < edge; ++i) {
+    for (int64_t j = 0; j < edge; ++j) {
+      float* const pixel = out[i * edge + j];
+      const float* const next = out[(edge + i) * edge + j];
+      if (pixel == nullptr) continue;
+      const float* const low = tile + (2 * i * m + 2 * j) * step;
+      const float* const high = low + m * step;
+      for (int64_t column = 0; column < columns; column += kLength) {
+        __builtin_prefetch(next + column, 1);
+        const Simd<float>::Vector above = larger(load<float>(low + column), load<float>(low + step + column));
+        const Simd<float>::Vector first = larger(above, load<float>(high + column));
+        const Simd<float>::Vector most = larger(first, load<float>(high + step + column));
+        if (columns - column >= kLength) {
+          store<float>(pixel + column, most);
+        } else {
+          store_columns<float>(pixel + column, most, columns - column);
+        }
+      }
+    }
+  }
+}
+
 // Pixels of one line with bias and activation, to where they belong: `Count` of them, or `count` where that is 0. Those
 // of `next` are asked for, as the next tile writes them.
 template <int Count>

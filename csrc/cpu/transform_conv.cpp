@@ -46,6 +46,7 @@ struct Scratch {
   float** out;       // [tile and one more][m * m] destination pixels, null outside the image
   int64_t* offsets;  // their element offsets
   float* pixels;     // [tile][m * m][columns] on their way to another layout or dtype
+  float* window;     // [m * m][columns] of a tile to be pooled
 
   Scratch(const Plan& plan, const MaskedSource& source, bool direct, Arena& arena)
       : reader(plan.isa, source, plan.transform.n, arena) {
@@ -55,6 +56,7 @@ struct Scratch {
     p = arena.take<char>(e.p_size);
     out = arena.take<float*>((e.tiles + 1) * t.m * t.m);
     offsets = arena.take<int64_t>(e.tiles * t.m * t.m);
+    window = arena.take<float>(t.m * t.m * t.group_panels * t.panel_columns);
     pixels = direct ? nullptr : arena.take<float>(e.tiles * t.m * t.m * t.group_panels * t.panel_columns);
   }
 };
@@ -202,18 +204,22 @@ void transform_output(const TransformLaunch& launch, const Block& block, const E
   const int64_t width = transform.group_panels * transform.panel_columns;
   const float* bias =
       launch.bias == nullptr ? nullptr : launch.bias + block.group * transform.panels * transform.panel_columns + first;
+  const bool pooled = launch.epilogue.pooled;
+  const int64_t edge = pooled ? e.m / 2 : e.m;  // of a tile's pixels in the destination
+  const int64_t rows = pooled ? phase.rows / 2 : phase.rows;
+  const int64_t cols = pooled ? phase.cols / 2 : phase.cols;
   int64_t written = 0;
   for (int64_t t = 0; t < block.count; ++t) {
     const int64_t tile = block.first + t;
-    const int64_t row = tile / tiles.cols % tiles.rows * e.m;
-    const int64_t col = tile % tiles.cols * e.m;
+    const int64_t row = tile / tiles.cols % tiles.rows * edge;
+    const int64_t col = tile % tiles.cols * edge;
     const int64_t n = tile / (tiles.cols * tiles.rows);
-    float** out = scratch.out + t * e.m * e.m;
-    for (int64_t i = 0; i < e.m; ++i) {
-      for (int64_t j = 0; j < e.m; ++j) {
-        float*& pixel = out[i * e.m + j];
+    float** out = scratch.out + t * edge * edge;
+    for (int64_t i = 0; i < edge; ++i) {
+      for (int64_t j = 0; j < edge; ++j) {
+        float*& pixel = out[i * edge + j];
         pixel = nullptr;
-        if (row + i >= phase.rows || col + j >= phase.cols) continue;
+        if (row + i >= rows || col + j >= cols) continue;
         const int64_t offset =
             destination.offset(n, phase.oh + (row + i) * phase.ostep_h, phase.ow + (col + j) * phase.ostep_w);
         pixel = direct ? destination.as<float>() + offset + channel : scratch.pixels + written * width;
@@ -221,11 +227,16 @@ void transform_output(const TransformLaunch& launch, const Block& block, const E
       }
     }
   }
-  std::fill_n(scratch.out + block.count * e.m * e.m, e.m * e.m, nullptr);
+  std::fill_n(scratch.out + block.count * edge * edge, edge * edge, nullptr);
+  // A tile to be pooled, twice: it is its own next.
+  constexpr int64_t kMostPixels = kMaxTransformN * kMaxTransformN;
+  float* window[2 * kMostPixels];
+  for (int64_t i = 0; pooled && i < 2 * e.m * e.m; ++i) window[i] = scratch.window + i % (e.m * e.m) * width;
   for (int64_t t = 0; t < block.count; ++t) {
     const float* p = reinterpret_cast<const float*>(scratch.p) + t * transform.parts * kernels.vector_length;
     kernels.codelets[transform.codelet].output(p, transform.m, e.p_frequency / 4, e.p_line / 4, columns,
-                                               launch.epilogue, bias, scratch.out + t * e.m * e.m);
+                                               launch.epilogue, bias, pooled ? window : scratch.out + t * e.m * e.m);
+    if (pooled) kernels.pool(scratch.window, width, e.m, columns, scratch.out + t * edge * edge);
   }
   if (!direct) {
     unstage_block(ukernels<float>(plan.isa), scratch.pixels, width, written, columns, destination, scratch.offsets,
@@ -269,6 +280,8 @@ void run_panels(const TransformLaunch& launch, const Extents& e, Block block, co
 }
 
 }  // namespace
+
+bool transform_can_pool(const Plan& plan) { return plan.pass == Pass::fprop && plan.transform.m % 2 == 0; }
 
 int64_t transform_scratch(const Plan& plan, const MaskedSource& source, int64_t workers) {
   Arena arena(nullptr);

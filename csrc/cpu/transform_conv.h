@@ -34,6 +34,9 @@ struct TransformLaunch {
   Epilogue epilogue;
 };
 
+// Whether the pass can write the largest values of 2 x 2 pixels, in channel rows of floats.
+bool transform_can_pool(const Plan& plan);
+
 // Bytes of scratch of all workers.
 int64_t transform_scratch(const Plan& plan, const MaskedSource& source, int64_t workers);
 void launch_transform(const TransformLaunch& launch, const Executor& executor);

@@ -84,6 +84,7 @@ struct TransformUkernels {
   PanelTile complex[kPanelHeights];
   ReduceTile reduce_real;
   ReduceTile reduce_complex;
+  void (*pool)(const float* tile, int64_t step, int64_t m, int64_t columns, float* const* out);
 };
 
 const TransformUkernels& transform_ukernels(Isa isa);

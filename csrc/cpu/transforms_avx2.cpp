@@ -27,7 +27,8 @@ const TransformUkernels kTransforms = {
     {panel_entry<4, 2>()},
     {panel_complex_entry<4>()},
     reduce_entry<4, 2>(),
-    reduce_complex_entry<4>()};
+    reduce_complex_entry<4>(),
+    pool_tile};
 
 }  // namespace segpose::avx2
 #pragma GCC pop_options

@@ -27,7 +27,8 @@ const TransformUkernels kTransforms = {
     {panel_entry<12, 2>(), panel_entry<8, 2>(), panel_entry<4, 2>()},
     {panel_complex_entry<12>(), panel_complex_entry<8>(), panel_complex_entry<4>()},
     reduce_entry<8, 2>(),
-    reduce_complex_entry<8>()};
+    reduce_complex_entry<8>(),
+    pool_tile};
 
 }  // namespace segpose::avx512
 #pragma GCC pop_options

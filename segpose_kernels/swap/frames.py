@@ -37,7 +37,7 @@ _ALIGNMENT = 64
 # Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
 _LARGE = 32 << 20
 # What the kernels do in a step (csrc/cpu/sequence.cpp).
-CONV, POOL, COPY, TRANSPOSE = range(4)
+CONV, POOL, COPY, TRANSPOSE, POOLED_CONV = range(5)
 
 Shape = tuple[int, ...]
 
@@ -127,7 +127,7 @@ class Segment:
         """What the kernels take, for these convolutions."""
         flat: list[int] = []
         for kind, layer, source, target in self.code:
-            flat += (kind, handles[layer] if kind == CONV else 0, source, target)
+            flat += (kind, handles[layer] if kind in (CONV, POOLED_CONV) else 0, source, target)
         return flat
 
 
@@ -225,6 +225,24 @@ class Blueprint:
             and all(self.code[p].kind != "step" for p in self.steps.readers.get(index, ()))
         )
 
+    def _is_pooled(self, position: int) -> bool:
+        """Whether the next step pools what a convolution writes, and nothing else reads that."""
+        if self.code[position].kind != "conv":
+            return False
+        between = self.steps.steps[position].writes
+        after = position + 1
+        return (
+            self.steps.readers.get(between) == [after]
+            and self.code[after].kind == "pool"
+            and self._is_private(between)
+        )
+
+    def _start(self, index: int) -> int:
+        """Position of the step that writes it; a convolution may pool by itself."""
+        position = self.steps.writers[index]
+        pooled = position > 0 and self._is_pooled(position - 1)
+        return position - 1 if pooled else position
+
     def _root(self, index: int) -> tuple[int, int]:
         """The value whose memory it is part of, and its first channel there."""
         first = 0
@@ -279,6 +297,8 @@ class Blueprint:
                     segment.add(COPY, 0, index, inside)
             else:
                 kind = CONV if instruction.kind == "conv" else POOL
+                if self._is_pooled(position):
+                    kind = POOLED_CONV
                 segment.add(kind, instruction.layer, step.reads[0], step.writes)
             for index in step.reads:
                 # What code of the model made may look different in another run.
@@ -301,7 +321,7 @@ class Blueprint:
                 members.setdefault(self._root(written)[0], []).append(written)
         lifetimes: dict[int, tuple[int, int]] = {}
         for root, inside in members.items():
-            start = min(steps.writers[index] for index in inside)
+            start = min(self._start(index) for index in inside)
             if self._is_private(root):
                 lifetimes[root] = start, max(self._last_read(index) for index in inside)
                 continue
