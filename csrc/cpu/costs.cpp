@@ -30,16 +30,17 @@ constexpr double kCopyCycles = 3.5;
 constexpr double kPhaseCycles = 3e3;
 // Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; of a phase
 // of a block, and of a pass whatever its size.
-constexpr double kTileCycles = 24;
+constexpr double kTileCycles = 21;
 constexpr double kStoreCycles = 12;
 constexpr double kSplitCycles = 4;
 constexpr double kSplitPhase = 2e3;
 constexpr double kSplitPass = 20e3;
 // Fewer channels than a tile is deep, at a stride: pixels are packed one by one.
 constexpr double kStridedSplit = 2;
-// What the transforms of whole layers took over their predictions, with AMX products in between.
-constexpr double kWinograd3 = 1.5;
-constexpr double kWinograd2 = 2;
+// What the transforms of whole layers took over their predictions, with AMX products in between, and with floats.
+constexpr double kWinograd3 = 1.2;
+constexpr double kWinograd2 = 1.8;
+constexpr double kWinograd2Float = 1.25;
 // Of starting a line of tiles, and of staging a value.
 constexpr double kLineCycles = 60;
 constexpr double kStageCycles = 0.25;
@@ -48,8 +49,11 @@ constexpr double kConvertCycles = 1;
 // Of packing 16 values of a filter into tiles.
 constexpr double kPackCycles = 25;
 
-double filter_values(const ConvProblem& problem) {
-  return static_cast<double>(problem.taps() * problem.c_per_group() * problem.k);
+// Of the taps that read the source anywhere.
+double filter_values(const Plan& plan) {
+  double taps = 0;
+  for (const Phase& phase : plan.phases) taps += static_cast<double>(static_cast<int64_t>(phase.taps.size()));
+  return taps * static_cast<double>(plan.problem.c_per_group() * plan.problem.k);
 }
 
 // Of reading a filter `times`.
@@ -115,7 +119,7 @@ double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<
   const double results = written_pixels(plan) * static_cast<double>(plan.columns() * plan.problem.groups);
   return cycles * static_cast<double>(plan.problem.groups) + converted(plan, results) +
          tasks * static_cast<double>(staged_values(rows, channels)) * kStageCycles +
-         filter_cycles(filter_values(plan.problem) * sizeof(T), tasks);
+         filter_cycles(filter_values(plan) * sizeof(T), tasks);
 }
 
 }  // namespace
@@ -137,7 +141,7 @@ double direct_cycles(const Plan& plan, const Widths& widths) {
   const double columns = static_cast<double>((panels.back().column + panels.back().nr) * plan.problem.groups);
   const double tap = gathers(plan) ? kCopyCycles : kPointerCycles;
   const double results = pixels * static_cast<double>(plan.columns() * plan.problem.groups);
-  return filter_cycles(filter_values(plan.problem) * 4, 1) + converted(plan, results) +
+  return filter_cycles(filter_values(plan) * 4, 1) + converted(plan, results) +
          static_cast<double>(static_cast<int64_t>(plan.phases.size())) * kPhaseCycles +
          terms * static_cast<double>(plan.depth()) * columns * multiply_add_cycles(plan.isa) +
          (kPixelCycles * pixels + tap * terms) * static_cast<double>(panels.size());
@@ -160,9 +164,13 @@ double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepar
   for (const Phase& phase : plan.phases) rows = std::max(rows, phase.rows);
   const double blocks = static_cast<double>(ceil_div(problem.n, split.images) * ceil_div(rows, split.rows));
   const double phases = blocks * static_cast<double>(static_cast<int64_t>(plan.phases.size()) * problem.groups);
+  // As packed, whole tiles of it: a phase may have few taps and channels.
+  double tiles = 0;
+  for (const auto& steps : split.steps) tiles += static_cast<double>(steps.size());
+  tiles *= panels * static_cast<double>(split.channel_blocks * split.terms * problem.groups);
   const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
                         phases * kSplitPhase +
-                        filter_cycles(filter_values(problem) * static_cast<double>(2 * split.terms), blocks) +
+                        filter_cycles(tiles * kTileBytes, blocks) +
                         static_cast<double>(problem.groups) *
                             (pixels * panels * kStoreCycles +
                              source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);
@@ -180,7 +188,8 @@ double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split) {
 }
 
 double transform_factor(Algorithm algorithm, const TransformPlan& transform) {
-  if (transform.terms == 0 || algorithm == Algorithm::fourier) return 1;
+  if (algorithm == Algorithm::fourier) return 1;
+  if (transform.terms == 0) return transform.r == 2 ? kWinograd2Float : 1;
   return transform.r == 2 ? kWinograd2 : kWinograd3;
 }
 
