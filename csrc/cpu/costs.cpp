@@ -169,8 +169,7 @@ double split_gather_cycles(const Plan& plan, const SplitPlan& split, bool prepar
   for (const auto& steps : split.steps) tiles += static_cast<double>(steps.size());
   tiles *= panels * static_cast<double>(split.channel_blocks * split.terms * problem.groups);
   const double cycles = split.steps_issued * kTileCycles + (prepared ? 0 : filter * kPackCycles) +
-                        phases * kSplitPhase +
-                        filter_cycles(tiles * kTileBytes, blocks) +
+                        phases * kSplitPhase + filter_cycles(tiles * kTileBytes, blocks) +
                         static_cast<double>(problem.groups) *
                             (pixels * panels * kStoreCycles +
                              source * static_cast<double>(ceil_div(plan.depth(), 16) * split.terms) * kSplitCycles);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Microkernels on AMX tiles: GEMM on bfloat16 with float32 sums, and what packs its operands.
 //
-// A float32 value is the sum of up to three bfloat16 terms, each the rounded remainder of the one before: 8, 16 or 24
-// bits of significand. One term is bfloat16 itself. Two need three products (high * high, high * low, low * high) and
-// keep 16 bits, which also holds a float16 exactly; three need six and match a float32 sum.
+// A float32 value is the sum of up to three bfloat16 terms, each the remainder of the one before, rounded or cut off:
+// 8, 16 or 24 bits of significand. One term is bfloat16 itself. Two need three products (high * high, high * low, low *
+// high) and keep 16 bits, which also holds a float16 exactly; three need six and match a float32 sum.
 #pragma once
 
 #include <cstdint>

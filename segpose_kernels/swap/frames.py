@@ -7,6 +7,9 @@ of a concatenation inside its result. Values that only such steps see share one 
 between runs: memory from the system would be zeroed anew each time. What the caller or other code
 sees is allocated in every run, large results from blocks that nobody holds any more. A `Frame` is
 one arena with its views; a run has a frame to itself.
+
+A convolution whose result only the pool behind it reads may pool while it writes. Which algorithm
+runs, and whether it can, is decided at the run: memory for what stands between is kept.
 """
 
 from __future__ import annotations
