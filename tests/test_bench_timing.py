@@ -254,9 +254,15 @@ def test_limits_of_this_machine() -> None:
     assert found.peak("bfloat16") >= found.peak("float32")
     assert all(rate > 1e8 for _, rate in found.bandwidth)
     assert limits.Limits.from_dict(found.to_dict()) == found
-    # No product of matrices is faster than the limit; half of it is within reach.
+    # No product of matrices is faster than the limit; half of it is within reach. Other work takes
+    # its share of single measurements, so the best of each count, in turns.
     a = torch.randn(512, 512)
-    best = min(CpuClock().time(lambda: a @ a, 3) for _ in range(5))
-    assert 0.2 < 2 * 512**3 / best / found.peak("float32") < 1.2
+    peak = best = 0.0
+    for _ in range(10):
+        again = limits.measure_limits("cpu", 1, seconds=0.02)
+        assert again is not None
+        peak = max(peak, again.peak("float32"))
+        best = max(best, 2 * 512**3 / CpuClock().time(lambda: a @ a, 3))
+    assert 0.2 < best / peak < 1.2
     with pytest.raises(ValueError, match="no unit called 'abacus'"):
         native.flops_per_second("abacus")
