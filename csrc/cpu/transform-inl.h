@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // GEMM of one frequency and the pixel epilogue that the transforms share. Included like ukernels-inl.h, after it.
 
+// Of a pixel that is written soon, null where there is none.
+SEGPOSE_INLINE void prefetch_result(const float* pixel, int64_t column) {
+  if (pixel != nullptr) __builtin_prefetch(pixel + column, 1);
+}
+
 // torch's maximum: the first of equal values stays, and a NaN wins.
 SEGPOSE_INLINE Simd<float>::Vector larger(const Simd<float>::Vector& a, const Simd<float>::Vector& b) {
   return ((b > a) | (b != b)) ? b : a;
@@ -19,7 +24,7 @@ void pool_tile(const float* tile, int64_t step, int64_t m, int64_t columns, floa
       const float* const low = tile + (2 * i * m + 2 * j) * step;
       const float* const high = low + m * step;
       for (int64_t column = 0; column < columns; column += kLength) {
-        __builtin_prefetch(next + column, 1);
+        prefetch_result(next, column);
         const Simd<float>::Vector above = larger(load<float>(low + column), load<float>(low + step + column));
         const Simd<float>::Vector first = larger(above, load<float>(high + column));
         const Simd<float>::Vector most = larger(first, load<float>(high + step + column));
@@ -43,7 +48,7 @@ SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<f
   const int64_t end = Count > 0 ? Count : count;
   SEGPOSE_UNROLL
   for (int64_t i = 0; i < end; ++i) {
-    __builtin_prefetch(next[i] + column, 1);
+    prefetch_result(next[i], column);
     if (out[i] == nullptr) continue;
     const Simd<float>::Vector value = activate<float>(pixels[i] + bias, activation, negative_slope);
     if (valid >= kLength) {

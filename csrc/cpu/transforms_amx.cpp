@@ -30,8 +30,8 @@ SEGPOSE_INLINE __m512i pair_lanes(__m512i terms) {
 }
 
 // The next terms of two remainders as 32 bfloat16 in pairs: lane 2 j of the first, lane 2 j + 1 of the second. Where
-// three terms hold all 24 bits of a significand, each is cut off, which takes half as long as rounding and is as exact.
-// Infinities are not kept apart: a transform has spread them already.
+// three terms hold all 24 bits of a significand, each is cut off, which takes fewer instructions than rounding and is
+// as exact. Infinities are not kept apart: a transform has spread them already.
 template <int Terms>
 SEGPOSE_INLINE __m512i next_terms(__m512& even, __m512& odd) {
   if constexpr (Terms == kMaxTerms) {
