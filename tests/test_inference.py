@@ -4,73 +4,26 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import inference_models as nets
 import pytest
 import swap_flow_models as flow
 import swap_models as zoo
 import torch
-from swap_helpers import IMAGE, tree_of
+from inference_helpers import Build, assert_same, leaves, optimized, program_of
+from swap_helpers import IMAGE
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from segpose_kernels import prepared_bytes, release_workspace
+from segpose_kernels import prepared_bytes
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.models import Autoencoder, CPM2DPose, JointRegression, SegNet
-from segpose_kernels.swap import SwapReport, optimize, restore
-from segpose_kernels.swap.inference import InferenceForward, Program
 from segpose_kernels.testing.numerics import relative_l2
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not LIBRARY.loaded, reason="the C++ library is not built"),
 ]
-
-Build = Callable[[], nn.Module]
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """In eval mode, with statistics and parameters that are not their neutral defaults."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-    return model.eval()
-
-
-def leaves(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def assert_same(model: nn.Module, plain: nn.Module, x: Tensor, when: str = "") -> None:
-    """The same to rounding of float64; memory formats are the plain model's."""
-    expected, found = leaves(plain(x)), leaves(model(x))
-    assert len(expected) == len(found)
-    for i, (value, reference) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(
-            value, reference, rtol=1e-9, atol=1e-9, msg=lambda m, i=i: f"output {i} {when}: {m}"
-        )
-
-
-def program_of(model: nn.Module) -> Program:
-    forward = vars(model)["forward"]
-    assert isinstance(forward, InferenceForward)
-    return forward.build()
-
-
-def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module, SwapReport]:
-    """The model under inference mode, a plain copy, and the report."""
-    model = randomised(model)
-    plain = copy.deepcopy(model)
-    _, report = optimize(model, mode="inference", **options)
-    return model, plain, report
-
 
 # Model, shape of an input, and how often the program holds convolutions, pools, concatenations.
 MODELS: tuple[tuple[str, Build, tuple[int, ...], tuple[int, int, int] | None], ...] = (
@@ -333,154 +286,6 @@ def test_unusual_inputs() -> None:
         # torch's BatchNorm2d takes no unbatched input, so the plain model gets a batch of one.
         for _ in range(2):
             torch.testing.assert_close(model(x), plain(x.unsqueeze(0)).squeeze(0))
-
-
-def test_changes_of_the_model_are_seen() -> None:
-    """Hooks, children, attributes and modes set after the program was made."""
-    model, plain, _ = optimized(zoo.PoseMachine().double())
-    x = torch.randn(IMAGE, dtype=torch.float64)
-    with torch.no_grad():
-        model(x), model(x)
-        seen: list[Tensor] = []
-        handle = model.conv2.register_forward_hook(lambda m, args, out: seen.append(out))
-        model(x)
-        assert len(seen) == 1
-        handle.remove()
-        model.all_stages = plain.all_stages = True
-        assert len(model(x)) == 2
-        assert_same(model, plain, x)
-        model.all_stages = plain.all_stages = False
-        model.conv5 = plain.conv5 = nn.Conv2d(6, 2, 1).double()
-        assert_same(model, plain, x)
-        pooled = model.maxpool
-        handle = pooled.register_forward_hook(lambda m, args, out: seen.append(out))
-        model(x)
-        assert len(seen) == 2
-        handle.remove()
-        pooled.kernel_size = pooled.stride = plain.maxpool.kernel_size = plain.maxpool.stride = 4
-        assert_same(model, plain, x)
-        pooled.kernel_size = pooled.stride = plain.maxpool.kernel_size = plain.maxpool.stride = 2
-        model.conv2.negative_slope = 0.5
-        assert not torch.equal(model(x), plain(x))
-        model.conv2.negative_slope = 0.01
-        model.conv5.forward = lambda y: y[:, :1]
-        assert model(x).shape[1] == 1
-        model.train()
-        assert model(x).shape[1] == 1
-
-
-def test_copies_hold_no_program_and_no_filters() -> None:
-    model, plain, _ = optimized(zoo.PoseMachine().double())
-    x = torch.randn(IMAGE, dtype=torch.float64)
-    before = len(pickle.dumps(model))
-    with torch.no_grad():
-        model(x), model(x)
-        assert prepared_bytes(model) > 0
-        assert len(pickle.dumps(model)) == before
-        assert model.state_dict().keys() == plain.state_dict().keys()
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert prepared_bytes(again) == 0
-            for parameter in again.parameters():
-                parameter.mul_(0.5)
-            for parameter in (reference := copy.deepcopy(plain)).parameters():
-                parameter.mul_(0.5)
-            assert_same(again, reference, x)
-            assert_same(again, reference, x)
-            assert prepared_bytes(again) > 0
-            assert program_of(again) is not program_of(model)
-            restore(again)
-            assert_same(again, reference, x)
-        assert_same(model, plain, x)
-
-
-def test_restore_undoes_everything() -> None:
-    model = randomised(nets.vgg().double())
-    before, plain = tree_of(model), copy.deepcopy(model)
-    optimize(model, mode="inference")
-    x = torch.randn(IMAGE, dtype=torch.float64)
-    with torch.no_grad():
-        model(x), model(x)
-    assert "forward" in vars(model)
-    restore(model)
-    assert tree_of(model) == before
-    assert "forward" not in vars(model)
-    assert prepared_bytes(model) == 0
-    assert_same(model.train(), plain.train(), x)
-
-
-def test_options_again_and_other_mode() -> None:
-    model, plain, report = optimized(zoo.PoseMachine().double())
-    assert optimize(model, mode="inference")[1] is report
-    other = optimize(model, mode="inference", max_prepared_bytes=0)[1]
-    assert other is not report
-    optimize(model)
-    assert "forward" not in vars(model)
-    assert_same(model, plain, torch.randn(IMAGE, dtype=torch.float64))
-    with pytest.raises(ValueError, match="max_prepared_bytes must not be negative, got -1"):
-        optimize(model, mode="inference", max_prepared_bytes=-1)
-    with pytest.raises(TypeError, match="max_prepared_bytes must be int, not float"):
-        optimize(model, mode="inference", max_prepared_bytes=1.5)
-
-
-def test_models_that_cannot_be_one_graph_run_in_parts() -> None:
-    model, plain, report = optimized(nets.Branching().double(), memory_format=torch.channels_last)
-    assert report.graphs[""].startswith("module by module: ")
-    assert report.graphs["trunk"] == "one graph: 2 convolutions, 1 max-pool"
-    assert "trunk: one graph" in str(report)
-    x = torch.randn(IMAGE, dtype=torch.float64)
-    with torch.no_grad():
-        assert_same(model, plain, x)
-        packed = prepared_bytes(model)
-        assert packed > 0
-        assert_same(model, plain, x)
-        assert prepared_bytes(model) == packed
-    assert report.to_dict()["prepared_bytes"] == packed
-
-
-def test_memory_format_that_must_stay() -> None:
-    model, plain, report = optimized(zoo.PoseMachine().double(), memory_format="preserve_format")
-    assert "channels_last" in report.graphs[""]
-    with torch.no_grad():
-        x = torch.randn(IMAGE, dtype=torch.float64)
-        assert_same(model, plain, x)
-        assert model(x).stride() == plain(x).stride()
-    assert prepared_bytes(model) > 0
-
-
-def test_backends_without_filters() -> None:
-    model, plain, report = optimized(zoo.PoseMachine().double(), backend="aten")
-    assert report.graphs == {}
-    with torch.no_grad():
-        assert_same(model, plain, torch.randn(IMAGE, dtype=torch.float64))
-    assert prepared_bytes(model) == 0
-    assert prepared_bytes(plain) == 0
-
-
-def test_arenas_are_given_back() -> None:
-    model, plain, _ = optimized(zoo.PoseMachine().double())
-    x = torch.randn(IMAGE, dtype=torch.float64)
-    release_workspace()
-    with torch.no_grad():
-        model(x), model(x)
-        program = program_of(model)
-        held = sum(frame.blueprint.arena_bytes for frame in program._idle)
-        assert held > 0
-        assert release_workspace() >= held
-        assert not program._idle
-        assert_same(model, plain, x)
-
-
-def test_many_shapes_keep_few_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segpose_kernels.swap.inference.IDLE_BYTES", 200_000)
-    model, plain, _ = optimized(zoo.PoseMachine().double())
-    program = program_of(model)
-    with torch.no_grad():
-        for size in range(8, 40, 2):
-            x = torch.randn(1, 3, size, size, dtype=torch.float64)
-            for _ in range(2):
-                assert_same(model, plain, x, f"size {size}")
-            assert sum(frame.blueprint.arena_bytes for frame in program._idle) <= 200_000
-    assert len(program._blueprints) == 8
 
 
 @pytest.mark.parametrize(

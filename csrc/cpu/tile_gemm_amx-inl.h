@@ -47,9 +47,9 @@ struct Products<3> {
 // counts.
 constexpr int kProductsBetweenStores = 80;
 
-// A share of the lines that a later panel needs of this step, after one of Products: memory answers 16 requests of a
-// core at a time, and a burst of them would stop the loads of operands. 128 x 256 channels on 64 x 64 took 2.9 ms with
-// a burst after every block and 2.2 with shares (two threads, six products).
+// A share of the lines that a later panel needs of this step, after one of Products: a burst of
+// requests to memory would keep the loads of operands waiting. 128 to 256 channels on 64 x 64 took 2.9 ms with a burst
+// after every block and 1.9 to 2.4 with shares (two threads, six products).
 template <int P, int Products>
 SEGPOSE_INLINE void prefetch_share(const SplitGemmArgs& args, int64_t b) {
   const int64_t lines = args.next_lines;

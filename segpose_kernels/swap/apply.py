@@ -86,11 +86,11 @@ def optimize(
       algorithms. A write that torch does not count (through `.data` or NumPy) is seen if it reaches
       one of 16 elements spread over the tensor. `prepared_bytes(model)` tells the memory.
     - On CPU the whole graph runs at once where the forwards can be written out and the model runs
-      in channels_last: 2x2 max-pools and concatenations of channels are the kernels' own, most
-      convolutions pool while they write, layers write straight into concatenations, and
-      activations that only they see lie in one arena, kept between calls (`release_workspace`
-      frees it). Otherwise parts of the model or single modules run that way; `SwapReport.graphs`
-      says which, and why.
+      in channels_last: 2x2 max-pools and concatenations of channels are the kernels' own,
+      convolutions pool while they write where their algorithm can, layers write straight into
+      concatenations, and activations that only they see lie in one arena, kept between calls
+      (`release_workspace` frees it). Otherwise parts of the model or single modules run that way;
+      `SwapReport.graphs` says which, and why.
 
     Copies, pickles and the state_dict hold none of this memory.
 
