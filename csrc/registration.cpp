@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope, int max_bytes, "
       "int[] donors) -> int");
   m.def("run_prepared(int handle, Tensor input, Tensor(a!) output) -> ()");
-  m.def("run_steps(int[] code, Tensor(a!)[] tensors) -> ()");
+  m.def("run_steps(int[] code, Tensor(a!)[] tensors) -> bool");
   m.def("first_stale(int[] handles) -> int");
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");
@@ -42,7 +42,6 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("choose_algorithm(int[] problem, str pass_name, str dtype, str precision, bool prepared, str algorithm) -> ()");
   m.def("precision_of(Tensor weight, float flops) -> str");
   m.def("release_workspace() -> int");
-  m.def("settings_key() -> int");
   // torch's switches for float32 convolutions on CUDA and on CPU; implemented in Python, segpose_kernels/backends.py.
   m.def("tf32_allowed() -> bool");
   m.def("cpu_float32_precision() -> str");

@@ -51,7 +51,7 @@ _CPU_SCHEMAS = {
         "float negative_slope, int max_bytes, int[] donors) -> int"
     ),
     "run_prepared": "(int handle, Tensor input, Tensor(a!) output) -> ()",
-    "run_steps": "(int[] code, Tensor(a!)[] tensors) -> ()",
+    "run_steps": "(int[] code, Tensor(a!)[] tensors) -> bool",
     "first_stale": "(int[] handles) -> int",
     "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",
@@ -63,7 +63,6 @@ _CPU_SCHEMAS = {
     "to_contiguous": "(Tensor input) -> Tensor",
     "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
     "allocate_result": "(Tensor like, int[] shape) -> Tensor",
-    "settings_key": "() -> int",
     "choose_algorithm": (
         "(int[] problem, str pass_name, str dtype, str precision, bool prepared, str algorithm) "
         "-> ()"
@@ -176,7 +175,8 @@ def cpu_float32_precision() -> str:
     `torch.backends.mkldnn.conv.fp32_precision` (which follows `torch.backends.fp32_precision`)
     decides; where it is "none", `torch.get_float32_matmul_precision()` does.
     """
-    switch = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    # What the property calls, at a tenth of its time: every call of an inference model asks.
+    switch = torch._C._get_fp32_precision_getter("mkldnn", "conv")
     return _CPU_PRECISIONS.get(switch) or torch.get_float32_matmul_precision()
 
 

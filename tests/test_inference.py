@@ -127,7 +127,7 @@ def test_in_place_writes_go_where_the_graph_shows_them() -> None:
     program = program_of(model)
     with torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
-    (blueprint,) = program._blueprints.values()
+    ((_, blueprint),) = program._blueprints
     assert all(instruction.kind != "step" for instruction in blueprint.code)
     copies = [instruction.copies for instruction in blueprint.code if instruction.kind == "cat"]
     assert [len(c) for c in copies] == [1, 0] or [len(c) for c in copies] == [0, 1]
@@ -140,7 +140,7 @@ def test_arena_is_smaller_than_all_activations_together() -> None:
     model, _, _ = optimized(nn.Sequential(*(nets.conv(8, 8) for _ in range(10))))
     with torch.no_grad():
         model(torch.randn(1, 8, 32, 32))
-    (blueprint,) = program_of(model)._blueprints.values()
+    ((_, blueprint),) = program_of(model)._blueprints
     assert blueprint.arena_bytes == 2 * 8 * 32 * 32 * 4
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.pooling import contiguous
-from segpose_kernels.swap.frames import CONV, COPY, POOL, TRANSPOSE
+from segpose_kernels.swap.blueprint import CONV, COPY, POOL, TRANSPOSE
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),

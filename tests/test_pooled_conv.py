@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import segpose_kernels as sk
-from segpose_kernels.swap.frames import CONV, POOL, POOLED_CONV
+from segpose_kernels.swap.blueprint import CONV, POOL, POOLED_CONV
 
 _plan = pytest.importorskip("segpose_kernels._plan")
 

@@ -75,8 +75,11 @@ struct PreparedConv {
   std::optional<Snapshot> bias;
   OptionalTensor packed;  // without, the filter is packed on every run
   Epilogue epilogue;
+  int64_t settings;
 
-  bool current() const { return weight.current() && (!bias.has_value() || bias->current()); }
+  bool current() const {
+    return settings == settings_key() && weight.current() && (!bias.has_value() || bias->current());
+  }
 };
 
 class Registry {
@@ -154,7 +157,7 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
   if (bias.has_value()) bias_snapshot.emplace(*bias);
   return Registry::instance().add(std::make_shared<const PreparedConv>(
       PreparedConv{std::move(plan), std::move(input_shape), output_shape, Snapshot(weight), bias_snapshot, packed,
-                   epilogue_from_slope(negative_slope)}));
+                   epilogue_from_slope(negative_slope), settings_key()}));
 }
 
 bool has_shape(const Tensor& tensor, const Ints& shape) {
@@ -171,10 +174,10 @@ void check_operand(const Tensor& tensor, const char* name, const Ints& shape, co
   STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), "segpose: ", name, " must have the dtype of weight");
 }
 
-// Position of the first whose weight or bias has changed since, or -1.
+// Position of the first that is not current, or -1.
 int64_t first_stale(Ints handles) {
   for (size_t i = 0; i < handles.size(); ++i) {
-    if (!Registry::instance().get(handles[i])->current()) return static_cast<int64_t>(i);
+    if (!is_current(handles[i])) return static_cast<int64_t>(i);
   }
   return -1;
 }
@@ -226,6 +229,8 @@ void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, co
 
 }  // namespace
 
+bool is_current(int64_t handle) { return Registry::instance().get(handle)->current(); }
+
 void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
   const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
   check_operand(output, "output", conv->output_shape, conv->weight.tensor());
@@ -256,5 +261,4 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("first_stale", TORCH_BOX(&segpose::first_stale));
   m.impl("prepared_info", TORCH_BOX(&segpose::prepared_info));
   m.impl("release_prepared", TORCH_BOX(&segpose::release_prepared));
-  m.impl("settings_key", TORCH_BOX(&segpose::settings_key));
 }

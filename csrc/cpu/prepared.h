@@ -6,6 +6,8 @@
 
 namespace segpose {
 
+// Whether weight, bias and the settings that decide about algorithms are as they were when it was prepared.
+bool is_current(int64_t handle);
 // output = act(conv(input)), both of the shapes that the convolution was prepared for.
 void run_prepared(int64_t handle, const Tensor& input, Tensor output);
 // output = max_pool2x2(act(conv(input))) without what stands between; false, and nothing done, where the convolution's

@@ -9,14 +9,18 @@
 namespace segpose {
 namespace {
 
-// The numbers are those of segpose_kernels/swap/frames.py.
+// The numbers are those of segpose_kernels/swap/blueprint.py.
 // kPooledConv: the step after it pools, and nothing else reads what stands between.
 enum StepKind : int64_t { kConv = 0, kPool = 1, kCopy = 2, kTranspose = 3, kPooledConv = 4 };
 // Kind, handle of a convolution, and which of the tensors are read and written.
 constexpr size_t kStepInts = 4;
 
-void run_steps(Ints code, std::vector<Tensor> tensors) {
+// False, and nothing done, where a convolution is no longer as it was prepared.
+bool run_steps(Ints code, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(code.size() % kStepInts == 0, "segpose: code must hold ", kStepInts, " numbers for each step");
+  for (size_t i = 0; i < code.size(); i += kStepInts) {
+    if ((code[i] == kConv || code[i] == kPooledConv) && !is_current(code[i + 1])) return false;
+  }
   const auto tensor = [&](int64_t index) -> const Tensor& {
     STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(tensors.size()), "segpose: a step uses tensor ", index,
                     " of ", tensors.size());
@@ -52,6 +56,7 @@ void run_steps(Ints code, std::vector<Tensor> tensors) {
         STD_TORCH_CHECK(false, "segpose: no step has the kind ", code[i]);
     }
   }
+  return true;
 }
 
 }  // namespace

@@ -29,7 +29,6 @@ from .eligible import Fused
 SHAPES_A_LAYER = 8
 
 Shape = tuple[int, ...]
-Settings = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Form:
         handle: int,
         weight: Tensor,
         bias: Tensor | None,
-        settings: Settings,
+        precision: str,
         input_shape: Shape,
         output_shape: Shape,
     ) -> None:
@@ -87,27 +86,26 @@ class Form:
         self._release = torch.ops.segpose.release_prepared.default
         self.weight = weight
         self.bias = bias
-        self.versions = _versions(weight, bias)
-        self.settings = settings
+        self.weight_version = weight._version
+        self.bias_version = -1 if bias is None else bias._version
+        # Of float32 alone, as torch's switch is.
+        self.precision = precision if weight.dtype == torch.float32 else None
         self.plan, self.bytes, self.address = torch.ops.segpose.prepared_info(handle)
         self.input_shape = input_shape
         self.output_shape = output_shape
 
-    def matches(self, weight: Tensor, bias: Tensor | None, settings: Settings) -> bool:
-        """By what Python sees; `first_stale` looks at the memory."""
+    def matches(self, weight: Tensor, bias: Tensor | None, precision: str) -> bool:
+        """By what Python sees; the kernels (`first_stale`) look at memory and settings."""
         return (
             self.weight is weight
             and self.bias is bias
-            and self.settings == settings
-            and self.versions == _versions(weight, bias)
+            and self.weight_version == weight._version
+            and (bias is None or self.bias_version == bias._version)
+            and (self.precision is None or self.precision == precision)
         )
 
     def __del__(self) -> None:
         self._release(self.handle)
-
-
-def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    return weight._version, -1 if bias is None else bias._version
 
 
 class FilterCache:
@@ -156,40 +154,40 @@ class FilterCache:
 
         None for a shape that gives no output, which the operator's own checks report.
         """
-        settings = settings_key(weight.dtype)
+        precision = backends.cpu_float32_precision()
         key = shape, geometry, slope
         forms = self._layers.get(layer)
         form = forms.get(key) if forms is not None else None
         if (
             form is not None
-            and form.matches(weight, bias, settings)
+            and form.matches(weight, bias, precision)
             and first_stale((form.handle,)) < 0
         ):
             return form
         if min(output_shape(weight, shape, geometry)) < 1:
             return None
         with self._lock:
-            return self._prepare(layer, weight, bias, key, settings)
+            return self._prepare(layer, weight, bias, key, precision)
 
     def _prepare(
-        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, settings: Settings
+        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, precision: str
     ) -> Form:
         held = self._layers.setdefault(layer, {})
         # A new table: other threads read the old one without the lock.
         forms = {
             k: f
             for k, f in held.items()
-            if k != key and f.matches(weight, bias, settings) and first_stale((f.handle,)) < 0
+            if k != key and f.matches(weight, bias, precision) and first_stale((f.handle,)) < 0
         }
         while len(forms) >= SHAPES_A_LAYER:
             del forms[next(iter(forms))]
         self._layers[layer] = forms
         del held
-        form = self._new_form(weight, bias, key, settings, forms)
+        form = self._new_form(weight, bias, key, precision, forms)
         if form.bytes == 0 and any(other.bytes for other in forms.values()):
             # Other shapes of this layer hold the room that this one needs.
             forms = self._layers[layer] = {}
-            form = self._new_form(weight, bias, key, settings, forms)
+            form = self._new_form(weight, bias, key, precision, forms)
         self._layers[layer] = {**forms, key: form}
         return form
 
@@ -198,7 +196,7 @@ class FilterCache:
         weight: Tensor,
         bias: Tensor | None,
         key: Any,
-        settings: Settings,
+        precision: str,
         forms: dict[Any, Form],
     ) -> Form:
         shape, geometry, slope = key
@@ -222,10 +220,9 @@ class FilterCache:
             tuning = importlib.import_module("..cpu_tuning", __package__)
             label = "conv_transpose2d" if geometry.transposed else "conv2d"
             tuning.tune_prepared(label, shape, result, weight, geometry.params, lambda: prepare([]))
-            settings = settings_key(weight.dtype)  # choices are settings
         with torch.no_grad():
             handle = prepare([form.handle for form in forms.values()])
-        return Form(handle, weight, bias, settings, shape, result)
+        return Form(handle, weight, bias, precision, shape, result)
 
     def _bytes(self) -> int:
         places = {
@@ -249,14 +246,11 @@ def output_shape(weight: Tensor, shape: Shape, geometry: Geometry) -> Shape:
     return shape[0], channels, *extents
 
 
-def settings_key(dtype: torch.dtype) -> Settings:
-    """Differs where the kernels may choose other algorithms: threads, precision, tests' choices."""
-    precision = backends.cpu_float32_precision() if dtype == torch.float32 else ""
-    return int(torch.ops.segpose.settings_key()), precision
-
-
 def first_stale(handles: Sequence[int]) -> int:
-    """Position of the first whose weight or bias has other memory or values now, or -1."""
+    """Position of the first that the kernels would prepare in another way now, or -1: weight or
+    bias have other memory or values, or other algorithms may be chosen (threads, precision, tests'
+    choices).
+    """
     return int(torch.ops.segpose.first_stale(handles))
 
 

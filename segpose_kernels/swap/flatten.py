@@ -90,14 +90,22 @@ class Guards:
         ]
 
     def hold(self) -> bool:
-        return (
-            not any(self.hooks)
-            and not _has_any_global_hook()
-            and all(state.get("forward") is forward for state, forward in self.forwards)
-            and all(table.get(name) is child for table, name, child in self.children)
-            and not any(owner.training for owner in self.owners)
-            and all(getattr(owner, name, _MISSING) == value for owner, name, value in self.reads)
-        )
+        """Loops, not generators: this runs in every call, with caches full of other things."""
+        if any(self.hooks) or _has_any_global_hook():
+            return False
+        for state, forward in self.forwards:
+            if state.get("forward") is not forward:
+                return False
+        for table, name, child in self.children:
+            if table.get(name) is not child:
+                return False
+        for owner in self.owners:
+            if owner.training:
+                return False
+        for owner, name, value in self.reads:  # noqa: SIM110
+            if getattr(owner, name, _MISSING) != value:
+                return False
+        return True
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import keep_workspace
+from .blueprint import Blueprint
 from .eligible import FUSED_TYPES
 from .filters import FilterCache, is_plain_inference
 from .find import has_forward
 from .flatten import Guards, flatten
 from .forward import OwnForward
-from .frames import Blueprint, Frame, first_run
+from .frames import Frame, first_run
 from .journal import Journal, journal_of
-from .layout import is_contiguous, is_image
+from .layout import contiguous_outputs, is_contiguous, is_image
 from .steps import CatStep, ConvStep, PoolStep, Steps, make_steps
 from .trace import PLAIN, UntraceableError
 
@@ -40,33 +40,40 @@ class Program:
         self.guards: Guards = flat.guards
         self.steps: Steps = make_steps(flat)
         self._lock = threading.Lock()
-        self._blueprints: OrderedDict[Signature, Blueprint] = OrderedDict()
+        # The signature used last comes first. Replaced as a whole: others read it without the lock.
+        self._blueprints: list[tuple[Signature, Blueprint]] = []
         self._idle: list[Frame] = []
         keep_workspace(self)
 
     def run(self, inputs: Sequence[Any], signature: Signature) -> Any:
         """The model's output; the inputs are those of the signature."""
-        blueprint = self._blueprints.get(signature)
+        blueprint = self._blueprint_of(signature)
         if blueprint is None:
-            output, seen = first_run(self.steps, inputs)
-            blueprint = Blueprint(self.steps, seen, contiguous=signature[0])
-            with self._lock:
-                self._blueprints[signature] = blueprint
-                while len(self._blueprints) > SIGNATURES:
-                    self._blueprints.popitem(last=False)
+            contiguous = signature[0]
+            output, seen = first_run(self.steps, inputs, contiguous=contiguous)
+            self._put_first(signature, Blueprint(self.steps, seen, contiguous=contiguous))
             return output
-        frame = self._take(signature, blueprint)
-        forms = frame.refresh()
+        frame = self._take(blueprint)
         try:
             return frame.run(inputs)
         finally:
-            del forms
             self._give_back(frame)
 
-    def _take(self, signature: Signature, blueprint: Blueprint) -> Frame:
+    def _blueprint_of(self, signature: Signature) -> Blueprint | None:
+        for position, (known, blueprint) in enumerate(self._blueprints):
+            if known == signature:
+                if position > 0:
+                    self._put_first(signature, blueprint)
+                return blueprint
+        return None
+
+    def _put_first(self, signature: Signature, blueprint: Blueprint) -> None:
         with self._lock:
-            if signature in self._blueprints:
-                self._blueprints.move_to_end(signature)
+            others = [entry for entry in self._blueprints if entry[0] != signature]
+            self._blueprints = [(signature, blueprint), *others[: SIGNATURES - 1]]
+
+    def _take(self, blueprint: Blueprint) -> Frame:
+        with self._lock:
             for position in reversed(range(len(self._idle))):
                 if self._idle[position].blueprint is blueprint:
                     return self._idle.pop(position)
@@ -91,9 +98,8 @@ class Program:
 
     def notes(self) -> dict[str, str]:
         """Of the signature used last: what was done with each convolution, by name."""
-        with self._lock:
-            last = next(reversed(self._blueprints.values()), None)
-        return last.notes() if last is not None else {}
+        blueprints = self._blueprints
+        return blueprints[0][1].notes() if blueprints else {}
 
     def __str__(self) -> str:
         counts = [
@@ -149,11 +155,13 @@ class InferenceForward(OwnForward):
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward without a program, module by module."""
         if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.owner).forward(self.owner, *args, **kwargs)
+            output = self.inner(*args, **kwargs)
+        else:
+            output = type(self.owner).forward(self.owner, *args, **kwargs)
+        return contiguous_outputs(self.owner, args, kwargs, output) if self.outermost else output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.owner.training or not is_plain_inference():
+        if self.owner.training or not is_plain_inference():
             return self.plain(*args, **kwargs)
         try:
             program = self.build()
@@ -195,12 +203,12 @@ def _signature(inputs: Sequence[Any], outermost: bool) -> Signature | None:
     parts: list[Any] = []
     for x in inputs:
         if type(x) is Tensor:
-            if x.layout is not torch.strided or x.device.type != "cpu":
+            if x.layout is not torch.strided or not x.is_cpu:
                 return None
-            parts.append((x.shape, x.dtype))
-            contiguous = contiguous and not (is_image(x) and not is_contiguous(x))
+            parts += (x.shape, x.dtype)
+            contiguous = contiguous and (not is_image(x) or is_contiguous(x))
         elif isinstance(x, PLAIN):
-            parts.append((type(x), x))
+            parts += (type(x), x)
         else:
             return None
     return contiguous, *parts
@@ -231,6 +239,8 @@ def _install(journal: Journal, module: nn.Module, name: str, filters: FilterCach
             journal.report.graphs[name] = f"module by module: {error}"
         else:
             journal.set_forward(module, forward)
+            if forward.outermost:
+                journal.unhook()  # its results are contiguous already
             journal.report.graphs[name] = f"one graph: {program}"
             return
     for attribute, child in module.named_children():

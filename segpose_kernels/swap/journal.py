@@ -94,7 +94,10 @@ class Journal:
                 parent._modules[attribute] = old
                 # Modes set since then were set on the module in place.
                 old.training = new.training
-        self._unhook()
+        self.unhook()
+        loading = self.owner._load_state_dict_post_hooks
+        for key in [key for key, hook in loading.items() if hook is refold]:
+            del loading[key]
         vars(self.owner).pop(JOURNAL, None)
 
     def hook(self) -> None:
@@ -105,14 +108,12 @@ class Journal:
         """Fold again whenever a checkpoint is loaded into the model."""
         self.owner.register_load_state_dict_post_hook(refold)  # type: ignore[no-untyped-call]
 
-    def _unhook(self) -> None:
+    def unhook(self) -> None:
+        """Leave outputs as they are."""
         hooks = self.owner._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is contiguous_outputs]:
             del hooks[key]
             self.owner._forward_hooks_with_kwargs.pop(key, None)
-        loading = self.owner._load_state_dict_post_hooks
-        for key in [key for key, hook in loading.items() if hook is refold]:
-            del loading[key]
 
 
 def refold(model: nn.Module, incompatible_keys: Any) -> None:

@@ -116,7 +116,14 @@ def contiguous_outputs(module: nn.Module, args: Any, kwargs: Any, output: Any) -
     inputs = args if plain else pytree.tree_leaves((args, kwargs))
     if any(is_image(value) and not is_contiguous(value) for value in inputs):
         return output
-    return _contiguous(output) if plain else pytree.tree_map(_contiguous, output)
+    return contiguous_values(output)
+
+
+def contiguous_values(output: Any) -> Any:
+    """What a model returns, with its 4-d tensors contiguous."""
+    if type(output) is Tensor:
+        return _contiguous(output)
+    return pytree.tree_map(_contiguous, output)
 
 
 def is_contiguous(image: Tensor) -> bool:
