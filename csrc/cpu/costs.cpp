@@ -30,7 +30,7 @@ constexpr double kCopyCycles = 3.5;
 constexpr double kPhaseCycles = 3e3;
 // Cycles of a product of AMX tiles, of writing 16 channels of a pixel, of splitting 16 channels into a term; of a phase
 // of a block, and of a pass whatever its size.
-constexpr double kTileCycles = 21;
+constexpr double kTileCycles = 20;
 constexpr double kStoreCycles = 12;
 constexpr double kSplitCycles = 4;
 constexpr double kSplitPhase = 2e3;
