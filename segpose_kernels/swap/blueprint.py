@@ -13,6 +13,7 @@ runs, and whether it can, is decided at the run: memory for what stands between 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,13 @@ class Seen:
     shape: Shape
     dtype: torch.dtype
 
-    @property
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of channels_last."""
+        _, c, h, w = self.shape
+        return h * w * c, 1, w * c, c
+
+    @functools.cached_property
     def bytes(self) -> int:
         count = self.dtype.itemsize
         for extent in self.shape:
