@@ -61,8 +61,14 @@ std::pair<int64_t, int64_t> tile_of(const Plan& plan) {
     return {plan.transform.terms > 0 ? 2 * kTileRows : kTransformRows, plan.transform.panel_columns};
   }
   if (plan.algorithm == Algorithm::rows && plan.pass != Pass::wgrad) {
-    const RowsTile<float>& tile = ukernels<float>(plan.isa).rows[0];
-    return {tile.mr, plan.panels.front().nr};
+    const Panel& panel = plan.panels.front();
+    const auto tallest = [&](const auto& kernels) -> int64_t {
+      const auto* tile = panel.dots ? kernels.dots.tiles : kernels.rows;
+      while (tile->nr != panel.nr) ++tile;
+      return tile->mr;
+    };
+    const bool wide = plan.dtype == DType::float64;
+    return {wide ? tallest(ukernels<double>(plan.isa)) : tallest(ukernels<float>(plan.isa)), panel.nr};
   }
   if (plan.panels.empty()) return {0, 0};
   const Panel& panel = plan.panels.front();

@@ -13,6 +13,7 @@ import pytest
 from segpose_kernels import _plan
 
 TESTS = Path(__file__).resolve().parent
+COMPACT = ("test_kernels.py", "test_activation.py", "test_few_columns.py")
 KNOWN = ("generic", "avx2", "avx512", "amx")
 
 
@@ -38,7 +39,7 @@ def test_compact_suite(isa: str) -> None:
         pytest.skip(f"this machine or build has no {isa}")
     if isa == _plan.selected_isa():
         pytest.skip(f"{isa} is what the tests of this process run")
-    files = [str(TESTS / name) for name in ("test_kernels.py", "test_activation.py")]
+    files = [str(TESTS / name) for name in COMPACT]
     done = run_python(
         ["-m", "pytest", "-q", "-m", "compact", "-p", "no:cacheprovider", *files], isa
     )

@@ -43,6 +43,8 @@ constexpr double kWinograd2 = 1.8;
 constexpr double kWinograd2Float = 1.25;
 // Of starting a line of tiles, and of staging a value.
 constexpr double kLineCycles = 60;
+// Of adding up the lanes of a tile.
+constexpr double kDotsTile = 40;
 constexpr double kStageCycles = 0.25;
 // Of a result that is not a float32.
 constexpr double kConvertCycles = 1;
@@ -99,6 +101,20 @@ double line_cycles(Isa isa, int64_t pixels, int64_t width) {
   return cycles;
 }
 
+// Of a line of tiles of few columns, whose pixels read `runs` of so many values.
+template <class T>
+double dots_cycles(Isa isa, int64_t pixels, int64_t width, int64_t runs, int64_t values) {
+  const Ukernels<T>& table = ukernels<T>(isa);
+  const double vectors = static_cast<double>(runs * ceil_div(values, table.vector_length));
+  for (int i = 0; i < table.dots.count; ++i) {
+    const RowsTile<T>& tile = table.dots.tiles[i];
+    if (tile.nr != width || tile.mr > pixels) continue;
+    const double step = std::max({0.5 * tile.mr * tile.nr, 0.5 * (tile.mr + tile.nr), 4.0});
+    return static_cast<double>(ceil_div(pixels, tile.mr)) * (vectors * step + kDotsTile);
+  }
+  return 0;
+}
+
 template <class T>
 double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
   double cycles = 0;
@@ -109,8 +125,13 @@ double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<
     const int64_t other = rows.along_images ? ceil_div(plan.problem.n, rows.images) * phase.cols : plan.problem.n;
     const double lines = static_cast<double>(phase.rows * other);
     const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
+    const PhaseRuns merged = merge_taps(phase, plan.problem.groups == 1);
     for (const Panel& panel : panels) {
-      cycles += lines * (kLineCycles + 1.1 * steps * line_cycles<T>(plan.isa, pixels, panel.nr));
+      const double line = panel.dots
+                              ? dots_cycles<T>(plan.isa, pixels, panel.nr, static_cast<int64_t>(merged.runs.size()),
+                                               merged.taps * plan.depth())
+                              : steps * line_cycles<T>(plan.isa, pixels, panel.nr);
+      cycles += lines * (kLineCycles + 1.1 * line);
     }
   }
   const int64_t channels = plan.depth() * plan.problem.groups;

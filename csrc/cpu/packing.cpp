@@ -69,6 +69,16 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
   for (size_t p = 0; p < plan.phases.size(); ++p) {
     for (size_t t = 0; t < plan.phases[p].taps.size(); ++t) taps.emplace_back(p, static_cast<int64_t>(t));
   }
+  // [run][nr][values] of a panel of dots, a tap at a time.
+  const auto pack_dots = [&](const Phase& phase, int64_t tap, const Panel& panel, int64_t start, T* block) {
+    const int64_t merged = merge_taps(phase, plan.problem.groups == 1).taps;
+    T* out = block + (tap / merged * panel.nr * merged + tap % merged) * from;
+    for (int64_t j = 0; j < panel.nr; ++j, out += merged * from) {
+      for (int64_t i = 0; i < from; ++i) {
+        out[i] = load_element<T>(filter.data, filter.dtype, start + j * strides.column + i * strides.from);
+      }
+    }
+  };
   const Executor serial{1, nullptr};
   for_each_task(layout.size() < kSerialPack ? serial : executor, static_cast<int64_t>(taps.size()) * blocks,
                 [&](int64_t task, int64_t) {
@@ -77,10 +87,15 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
                   const int64_t group = task % blocks / panels;
                   const Tap& tap = plan.phases[p].taps[static_cast<size_t>(t)];
                   T* block = packed + layout.phase_offset(static_cast<int64_t>(p)) +
-                             layout.panel_offset(plan, static_cast<int64_t>(p), group, panel) + t * from * panel.nr;
+                             layout.panel_offset(plan, static_cast<int64_t>(p), group, panel);
                   const int64_t start = group * strides.group + panel.column * strides.column +
                                         tap.r * filter.stride_r + tap.s * filter.stride_s;
-                  gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr, block);
+                  if (panel.dots) {
+                    pack_dots(plan.phases[p], t, panel, start, block);
+                  } else {
+                    gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr,
+                                  block + t * from * panel.nr);
+                  }
                 });
 }
 

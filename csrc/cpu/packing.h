@@ -9,7 +9,7 @@
 namespace segpose {
 
 // Packed filters of fprop and dgrad: for every phase, group and panel a block [taps][depth][nr], ragged columns
-// filled with zeros. Offsets in elements.
+// filled with zeros; of dots [runs][nr][taps of a run][depth]. Offsets in elements.
 class PackedFilter {
  public:
   explicit PackedFilter(const Plan& plan);

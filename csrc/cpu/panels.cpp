@@ -23,6 +23,12 @@ std::vector<Panel> split_columns(int64_t columns, const Widths& widths) {
   return panels;
 }
 
+std::vector<Panel> split_dots(int64_t columns, int64_t dots, const Widths& widths) {
+  std::vector<Panel> panels = split_columns(columns - dots, widths);
+  panels.push_back({columns - dots, dots, 0, dots, true});
+  return panels;
+}
+
 int64_t padded(int64_t columns, const Widths& widths) {
   const std::vector<Panel> panels = split_columns(columns, widths);
   return panels.back().column + panels.back().nr;

@@ -45,8 +45,19 @@ Widths wgrad_widths(Isa isa) {
   return widths;
 }
 
+// Columns that fill no vector of a rows plan and have tiles of their own; 0 for none.
+template <class T>
+int64_t dots_columns(Isa isa, int64_t columns) {
+  const Ukernels<T>& table = ukernels<T>(isa);
+  const int64_t left = columns % table.vector_length;
+  return left <= table.dots.widest ? left : 0;
+}
+
 // Widest panels first, then the narrowest width that holds what is left.
 std::vector<Panel> split_columns(int64_t columns, const Widths& widths);
+
+// The same with the last `dots` columns in a panel of their own.
+std::vector<Panel> split_dots(int64_t columns, int64_t dots, const Widths& widths);
 
 // Columns of whole panels.
 int64_t padded(int64_t columns, const Widths& widths);

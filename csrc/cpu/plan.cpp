@@ -138,8 +138,18 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     const bool wide = plan.dtype == DType::float64;
     const RowsPlan rows = plan_rows(plan.problem, plan.phases, depth * plan.problem.groups);
     const Widths rows_width = wide ? rows_widths<double>(plan.isa) : rows_widths<float>(plan.isa);
-    const auto panels = split_columns(columns, rows_width);
-    if (choice.takes(Algorithm::rows, rows_cycles(plan, rows, panels))) {
+    std::vector<Panel> panels = split_columns(columns, rows_width);
+    double cycles = rows_cycles(plan, rows, panels);
+    const int64_t dots = wide ? dots_columns<double>(plan.isa, columns) : dots_columns<float>(plan.isa, columns);
+    if (dots > 0) {
+      const std::vector<Panel> with_dots = split_dots(columns, dots, rows_width);
+      const double dots_cycles = rows_cycles(plan, rows, with_dots);
+      if (dots_cycles < cycles) {
+        panels = with_dots;
+        cycles = dots_cycles;
+      }
+    }
+    if (choice.takes(Algorithm::rows, cycles)) {
       plan.rows = rows;
       plan.panels = panels;
     }

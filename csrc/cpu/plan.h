@@ -37,6 +37,7 @@ struct Panel {
   int64_t columns;  // valid columns, <= nr
   int tile;         // index into Ukernels::gemm, or width class of Ukernels::wgrad
   int64_t nr;
+  bool dots = false;  // rows: vectors along the values that are summed, for a few columns
 };
 
 struct Plan {

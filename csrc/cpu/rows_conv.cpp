@@ -58,6 +58,9 @@ class PanelRows {
     args_.count = static_cast<int64_t>(runs.offsets[phase].size());
     args_.depth = runs.depth[phase];
     args_.columns = panel.columns;
+    const auto index = static_cast<int64_t>(phase);
+    args_.b =
+        launch.packed + launch.layout->phase_offset(index) + launch.layout->panel_offset(plan, index, group, panel);
     args_.bias = launch.bias == nullptr ? nullptr : launch.bias + group * plan.padded_columns() + panel.column;
     args_.activation = launch.epilogue.activation;
     args_.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
@@ -65,11 +68,12 @@ class PanelRows {
     direct_ = launch.destination.has_channel_rows(compute_dtype<T>());
   }
 
-  void run(const T* packed, int64_t image, int64_t images, int64_t row, int64_t rows) {
+  // At most `rows` rows from `first` on of a task that begins at `row`.
+  void run(int64_t image, int64_t images, int64_t row, int64_t first, int64_t rows) {
     const RowsPlan& plan = launch_.plan->rows;
     const int64_t pixel = launch_.source.view.c;
-    args_.b = packed;
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t end = std::min(first + rows, phase_.rows - row);
+    for (int64_t r = first; r < end; ++r) {
       const T* source = scratch_.band.data() + source_channel_ + r * phase_.istep_h * scratch_.band.row_size();
       if (plan.along_images) {
         for (int64_t col = 0; col < phase_.cols; ++col) {
@@ -96,14 +100,22 @@ class PanelRows {
     T* const line = direct_ ? launch_.destination.template as<T>() + out + channel_ : scratch_.line;
     args_.a_step = step;
     args_.out_step = direct_ ? out_step : panel_.nr;
-    int64_t done = 0;
-    for (int i = 0; i < kernels.rows_tiles; ++i) {
-      const RowsTile<T>& tile = kernels.rows[i];
-      if (tile.nr != panel_.nr) continue;
-      for (; done + tile.mr <= pixels; done += tile.mr) {
-        args_.a = source + done * step;
-        args_.out = line + done * args_.out_step;
-        tile.run(args_);
+    const auto run_tile = [&](const RowsTile<T>& tile, int64_t pixel) {
+      args_.a = source + pixel * step;
+      args_.out = line + pixel * args_.out_step;
+      tile.run(args_);
+    };
+    if (panel_.dots) {
+      const RowsTile<T>* tile = kernels.dots.tiles;
+      while (tile->nr != panel_.nr || tile->mr > pixels) ++tile;
+      // The last one begins early rather than be lower: some pixels are computed twice.
+      for (int64_t done = 0; done < pixels; done += tile->mr) run_tile(*tile, std::min(done, pixels - tile->mr));
+    } else {
+      int64_t done = 0;
+      for (int i = 0; i < kernels.rows_tiles; ++i) {
+        const RowsTile<T>& tile = kernels.rows[i];
+        if (tile.nr != panel_.nr) continue;
+        for (; done + tile.mr <= pixels; done += tile.mr) run_tile(tile, done);
       }
     }
     if (direct_) return;
@@ -126,17 +138,15 @@ void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, int64_t image
   const Plan& plan = *launch.plan;
   const int64_t images = std::min(plan.rows.images, plan.problem.n - image);
   scratch.band.load(ukernels<T>(plan.isa), image, images, row);
+  std::vector<PanelRows<T>> phases;
   for (int64_t group = 0; group < plan.problem.groups; ++group) {
     for (const Panel& panel : plan.panels) {
-      for (size_t p = 0; p < plan.phases.size(); ++p) {
-        const Phase& phase = plan.phases[p];
-        const int64_t rows = std::min(plan.rows.rows, phase.rows - row);
-        if (rows <= 0) continue;
-        const auto index = static_cast<int64_t>(p);
-        PanelRows<T> work(launch, runs, scratch, p, panel, group);
-        work.run(
-            launch.packed + launch.layout->phase_offset(index) + launch.layout->panel_offset(plan, index, group, panel),
-            image, images, row, rows);
+      phases.clear();
+      for (size_t p = 0; p < plan.phases.size(); ++p) phases.emplace_back(launch, runs, scratch, p, panel, group);
+      // The filter of all phases stays in L1, and with a few rows at a time the source does.
+      const int64_t step = panel.dots ? 1 : plan.rows.rows;
+      for (int64_t first = 0; first < plan.rows.rows; first += step) {
+        for (PanelRows<T>& phase : phases) phase.run(image, images, row, first, step);
       }
     }
   }

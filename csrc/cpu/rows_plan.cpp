@@ -8,8 +8,10 @@
 namespace segpose {
 namespace {
 
-// Staged values of a task: 128 KB of floats, which stay in L2 beside a panel of the filter.
+// Staged values of a task: 128 KB of floats, which stay in L2 beside a panel of the filter; more where rows are so long
+// that a task would stage mostly rows that its neighbours stage too.
 constexpr int64_t kStagedValues = 32 << 10;
+constexpr int64_t kMostStagedValues = 128 << 10;
 // Fewer tasks leave threads idle at the end; smaller ones stage more padding.
 constexpr int64_t kTasks = 16;
 // Maps narrower than this fill tiles with images instead.
@@ -58,7 +60,11 @@ RowsPlan plan_rows(const ConvProblem& problem, const std::vector<Phase>& phases,
     return images * ((band - 1) * plan.row_step + high_h - plan.low_h + 1) * plan.staged_w * channels;
   };
   plan.rows = rows;
-  while (plan.rows > 1 && values(1, plan.rows) > kStagedValues) plan.rows = ceil_div(plan.rows, 2);
+  const auto too_many = [&](int64_t band) {
+    const bool shared = band * plan.row_step <= 2 * (high_h - plan.low_h);
+    return values(1, band) > (shared ? kMostStagedValues : kStagedValues);
+  };
+  while (plan.rows > 1 && too_many(plan.rows)) plan.rows = ceil_div(plan.rows, 2);
   while (plan.rows > 4 && problem.n * ceil_div(rows, plan.rows) < kTasks) plan.rows = ceil_div(plan.rows, 2);
   plan.images = 1;
   if (plan.along_images) {

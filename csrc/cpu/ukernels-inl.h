@@ -205,8 +205,16 @@ struct PixelSteps {
 };
 
 template <class T>
-SEGPOSE_INLINE T pixel_value(const T* a, const PixelSteps& steps, int m) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(a) + steps.bytes(m));
+SEGPOSE_INLINE const T* pixel(const T* a, const PixelSteps& steps, int m) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(a) + steps.bytes(m));
+}
+
+// Pixels `step` elements apart.
+template <class T>
+SEGPOSE_INLINE PixelSteps pixel_steps(int64_t step) {
+  const int64_t bytes = step * static_cast<int64_t>(sizeof(T));
+  const int64_t two = 2 * bytes, four = 4 * bytes, six = two + four;
+  return {bytes, bytes + two, bytes + four, bytes + six, bytes + 2 * four, bytes + six + four, bytes + 2 * six};
 }
 
 template <class T, int MR, int NV>
@@ -214,11 +222,7 @@ void rows_tile(const RowsArgs<T>& args) {
   constexpr int kLength = Simd<T>::kLength;
   using Vector = typename Simd<T>::Vector;
   static_assert(MR <= 14);
-  const int64_t step_bytes = args.a_step * static_cast<int64_t>(sizeof(T));
-  const int64_t two = 2 * step_bytes, four = 4 * step_bytes, six = two + four;
-  PixelSteps steps{step_bytes,          step_bytes + two,      step_bytes + four,
-                   step_bytes + six,    step_bytes + 2 * four, step_bytes + six + four,
-                   step_bytes + 2 * six};
+  PixelSteps steps = pixel_steps<T>(args.a_step);
   Vector sums[MR][NV] = {};
   const T* b = args.b;
   for (int64_t i = 0; i < args.count; ++i) {
@@ -230,7 +234,7 @@ void rows_tile(const RowsArgs<T>& args) {
       for (int v = 0; v < NV; ++v) row[v] = load<T>(b + v * kLength);
       SEGPOSE_UNROLL
       for (int m = 0; m < MR; ++m) {
-        const T value = pixel_value(a, steps, m);
+        const T value = *pixel(a, steps, m);
         SEGPOSE_UNROLL
         for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
       }

@@ -127,7 +127,16 @@ struct MaskArgs {
 constexpr int kMaxGemmTiles = 3;
 constexpr int kMaxWgradTiles = 12;
 constexpr int kMaxRowsTiles = 10;
+constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;
+
+// Rows tiles of few columns, whose filter is [run][nr][depth].
+template <class T>
+struct DotsTiles {
+  int widest;  // columns; tiles have every number of them from 1 on
+  int count;
+  RowsTile<T> tiles[kMaxDotsTiles];  // of one width tall first; the last has one row
+};
 
 template <class T>
 struct Ukernels {
@@ -146,6 +155,7 @@ struct Ukernels {
   // destination[column][row] = source[row][column], each with elements from one row to the next.
   void (*transpose)(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* destination,
                     int64_t destination_step);
+  DotsTiles<T> dots;
 };
 
 template <class T>

@@ -22,11 +22,21 @@ __attribute__((always_inline)) inline void masked_store(double* destination, __m
   const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
   _mm256_maskstore_pd(destination, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes), value);
 }
+__attribute__((always_inline)) inline __m256 masked_load(const float* source, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(source, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+}
+__attribute__((always_inline)) inline __m256d masked_load(const double* source, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+  return _mm256_maskload_pd(source, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes));
+}
 #define SEGPOSE_MASKED_STORE masked_store
+#define SEGPOSE_MASKED_LOAD masked_load
 
-// clang-format off: the second text uses the first
+// clang-format off: each text uses those before it
 #include "ukernels-inl.h"
 #include "staging-inl.h"
+#include "dots-inl.h"
 // clang-format on
 
 // 12 accumulators, 2 vectors of B and one broadcast use 15 of the 16 registers.
@@ -47,7 +57,8 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_line<T>,
-          transpose<T>};
+          transpose<T>,
+          dots_tiles<T>()};
 }
 
 const Ukernels<float> kFloat = table<float>();

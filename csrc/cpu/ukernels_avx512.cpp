@@ -27,9 +27,10 @@ inline __m512d masked_load(const double* source, int64_t count) {
 #define SEGPOSE_MASKED_STORE masked_store
 #define SEGPOSE_MASKED_LOAD masked_load
 
-// clang-format off: the second text uses the first
+// clang-format off: each text uses those before it
 #include "ukernels-inl.h"
 #include "staging-inl.h"
+#include "dots-inl.h"
 // clang-format on
 
 // 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
@@ -52,7 +53,8 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_line<T>,
-          transpose<T>};
+          transpose<T>,
+          dots_tiles<T>()};
 }
 
 const Ukernels<float> kFloat = table<float>();

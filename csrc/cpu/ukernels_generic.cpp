@@ -8,9 +8,10 @@
 namespace segpose {
 namespace generic {
 
-// clang-format off: the second text uses the first
+// clang-format off: each text uses those before it
 #include "ukernels-inl.h"
 #include "staging-inl.h"
+#include "dots-inl.h"
 // clang-format on
 
 template <class T>
@@ -29,7 +30,8 @@ constexpr Ukernels<T> table() {
           load_row<T>,
           store_row<T>,
           mask_line<T>,
-          transpose<T>};
+          transpose<T>,
+          dots_tiles<T>()};
 }
 
 const Ukernels<float> kFloat = table<float>();
