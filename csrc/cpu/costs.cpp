@@ -43,6 +43,9 @@ constexpr double kWinograd2 = 1.8;
 constexpr double kWinograd2Float = 1.25;
 // Of starting a line of tiles, and of staging a value.
 constexpr double kLineCycles = 60;
+// A filter beyond L1 that a panel of one vector waits for.
+constexpr double kRowsFilterBytes = 32 << 10;
+constexpr double kNarrowRows = 1.4;
 // Of adding up the lanes of a tile.
 constexpr double kDotsTile = 40;
 constexpr double kStageCycles = 0.25;
@@ -127,10 +130,12 @@ double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<
     const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
     const PhaseRuns merged = merge_taps(phase, plan.problem.groups == 1);
     for (const Panel& panel : panels) {
+      const bool waits = panel.nr <= ukernels<T>(plan.isa).vector_length &&
+                         steps * static_cast<double>(panel.nr) * sizeof(T) > kRowsFilterBytes;
       const double line = panel.dots
                               ? dots_cycles<T>(plan.isa, pixels, panel.nr, static_cast<int64_t>(merged.runs.size()),
                                                merged.taps * plan.depth())
-                              : steps * line_cycles<T>(plan.isa, pixels, panel.nr);
+                              : steps * line_cycles<T>(plan.isa, pixels, panel.nr) * (waits ? kNarrowRows : 1);
       cycles += lines * (kLineCycles + 1.1 * line);
     }
   }
