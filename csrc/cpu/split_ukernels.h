@@ -66,10 +66,11 @@ struct SplitStoreArgs {
 };
 
 struct SplitUkernels {
+  SplitShape tall;    // 3 x 2, for columns that come from L2: more loads, of fewer bytes
   SplitShape wide;    // 2 x 2
   SplitShape flat;    // 1 x 2, a last row tile
   SplitShape narrow;  // 4 x 1, a last column tile
-  SplitShape broad;   // 2 x 3, for columns that share cache lines: more loads, of fewer bytes
+  SplitShape broad;   // 2 x 3, likewise for columns that share cache lines
   void (*begin)();    // before and after gemm calls on a thread
   void (*end)();
   // `pixels` rows of `channels` values, `step` elements apart, to rows of `unit` bfloat16 that follow each other, zeros

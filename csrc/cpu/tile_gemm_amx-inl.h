@@ -60,7 +60,8 @@ SEGPOSE_INLINE void prefetch_share(const SplitGemmArgs& args, int64_t b) {
 }
 
 // Rows x Columns accumulators in the lowest tiles. What is left holds a step's operands: all of them, or a single
-// column that all rows are multiplied with, or a row and a column at a time.
+// column that all rows are multiplied with, or a row and a column at a time: then every other row goes back through the
+// columns, beginning with the one that is there, 7 loads for 6 products.
 template <int Rows, int Columns, int Terms>
 struct TileGemm {
   static constexpr int kSums = Rows * Columns;
@@ -86,14 +87,16 @@ struct TileGemm {
   SEGPOSE_INLINE static void add(const SplitGemmArgs& args, int64_t a, int64_t b) {
     constexpr Product kProduct = Products<Terms>::kOrder[P];
     constexpr Product kBefore = Products<Terms>::kOrder[P == 0 ? 0 : P - 1];
-    constexpr int kRow = Sum / Columns;
-    constexpr int kColumn = Sum % Columns;
-    constexpr bool kFirstOfRow = kColumn == 0 && (!kAllFit || P == 0 || kProduct.a != kBefore.a);
     constexpr bool kKeepsColumns = kAllFit || Columns == 1;
-    constexpr bool kFirstOfColumn = !kKeepsColumns || (kRow == 0 && (P == 0 || kProduct.b != kBefore.b));
+    constexpr int kRow = Sum / Columns;
+    constexpr int kPlace = Sum % Columns;
+    constexpr int kColumn = kKeepsColumns || kRow % 2 == 0 ? kPlace : Columns - 1 - kPlace;
+    constexpr bool kFirstOfRow = kPlace == 0 && (!kAllFit || P == 0 || kProduct.a != kBefore.a);
+    constexpr bool kFirstOfColumn =
+        kKeepsColumns ? kRow == 0 && (P == 0 || kProduct.b != kBefore.b) : kRow == 0 || kPlace > 0;
     if constexpr (kFirstOfRow) load_tile<a_tile(kRow)>(args.a[kRow] + a + kProduct.a * args.a_term, args.a_row);
     if constexpr (kFirstOfColumn) load_tile<b_tile(kColumn)>(args.b[kColumn] + b + kProduct.b * args.b_term, 64);
-    multiply_tiles<Sum, a_tile(kRow), b_tile(kColumn)>();
+    multiply_tiles<kRow * Columns + kColumn, a_tile(kRow), b_tile(kColumn)>();
   }
   template <int P, int... Sum>
   SEGPOSE_INLINE static void product(const SplitGemmArgs& args, int64_t a, int64_t b,

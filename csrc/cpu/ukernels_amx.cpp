@@ -297,9 +297,20 @@ void gather_matrix(DType dtype, const void* source, int64_t offset, int64_t row_
 
 #include "split_store-inl.h"
 
-constexpr SplitUkernels kTable = {
-    gemm_shape<2, 2>(), gemm_shape<1, 2>(), gemm_shape<4, 1>(), gemm_shape<2, 3>(), begin, end,         split_pixels,
-    copy_pixels,        pair_rows,          transpose_rows,     gather_matrix,      store, store_pooled};
+constexpr SplitUkernels kTable = {gemm_shape<3, 2>(),
+                                  gemm_shape<2, 2>(),
+                                  gemm_shape<1, 2>(),
+                                  gemm_shape<4, 1>(),
+                                  gemm_shape<2, 3>(),
+                                  begin,
+                                  end,
+                                  split_pixels,
+                                  copy_pixels,
+                                  pair_rows,
+                                  transpose_rows,
+                                  gather_matrix,
+                                  store,
+                                  store_pooled};
 
 }  // namespace segpose::amx
 #pragma GCC pop_options
