@@ -144,8 +144,9 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
   const Precision precision = current_precision(problem.flops(), weight);
   Plan plan = plan_for(problem, forward_pass(attributes), weight, precision, true);
   OptionalTensor packed = packed_by(donors, plan, weight);
-  if (!packed.has_value() && packed_filter_bytes(plan) <= max_bytes) {
-    packed = allocate_bytes(packed_filter_bytes(plan), weight.device());
+  const int64_t bytes = packed_filter_bytes(plan);
+  if (!packed.has_value() && filter_bytes_in_pages(bytes) <= max_bytes) {
+    packed = allocate_filter(bytes, weight.device());
     const Executor executor = torch_executor();
     const Workspace workspace(pack_workspace(plan, executor.workers), weight);
     pack_pass_filter(plan, filter_of(weight), packed->data_ptr(), workspace.data(), executor);

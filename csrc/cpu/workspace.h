@@ -18,11 +18,12 @@
 
 namespace segpose {
 
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 // Asks for huge pages: transforms write a hundred streams at once, more than the first-level TLB has entries for 4 KB
 // pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them.
 inline void advise_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kHugePage = int64_t{2} << 20;
   const auto start = reinterpret_cast<int64_t>(tensor.data_ptr());
   const int64_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
   const int64_t end = (start + bytes) / kHugePage * kHugePage;
@@ -39,6 +40,24 @@ inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::
       torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
   advise_huge_pages(tensor, bytes);
   return tensor;
+}
+
+// Bytes of a filter of that size in whole huge pages, or of one too small for that. A filter that has been idle for the
+// time of a model is read through page tables that no cache holds any more: with huge pages CPM2DPose in bfloat16 took
+// 23.7 ms instead of 24.4, and its layers of 1 to 2 MB 1.1 times as long as alone instead of 1.3 times.
+inline int64_t filter_bytes_in_pages(int64_t bytes) {
+  return bytes < kHugePage / 2 ? bytes : (bytes + kHugePage - 1) / kHugePage * kHugePage;
+}
+
+// Memory for a filter of that size. What alignment adds is never touched.
+inline torch::stable::Tensor allocate_filter(int64_t bytes, const torch::stable::Device& device) {
+  const int64_t size = filter_bytes_in_pages(bytes);
+  if (size % kHugePage != 0 || size == 0) return allocate_bytes(size, device);
+  const torch::stable::Tensor block = allocate_bytes(size + kHugePage, device);
+  const auto start = reinterpret_cast<int64_t>(block.data_ptr());
+  const int64_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+  return torch::stable::from_blob(reinterpret_cast<void*>(aligned), {size}, {1}, device,
+                                  torch::headeronly::ScalarType::Byte, [block](void*) {});
 }
 
 class WorkspacePool {
