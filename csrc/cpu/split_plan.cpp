@@ -106,7 +106,11 @@ SplitPlan plan_split_gather(const ConvProblem& problem, const std::vector<Phase>
       std::clamp(ceil_div(kOftenReadBytes, std::max<int64_t>(filter_bytes, 1)), int64_t{1}, kTasksPerThread);
   const int64_t least_tasks = threads > 1 ? tasks_per_thread * threads : 1;
   const int64_t source_bytes = resident ? std::min(kSourceBytes, beside_filter) : kSourceBytes;
-  const auto cut_rows = [&](int64_t most) { plan.rows = ceil_div(rows, ceil_div(rows, std::max<int64_t>(most, 1))); };
+  const auto cut_rows = [&](int64_t most) {
+    plan.rows = ceil_div(rows, ceil_div(rows, std::max<int64_t>(most, 1)));
+    // Pairs of rows can be pooled.
+    if (plan.rows > 1 && plan.rows < rows) plan.rows -= plan.rows % 2;
+  };
   if (image_bytes <= (resident ? source_bytes : kWholeImageBytes)) {
     plan.rows = rows;
     const int64_t images = std::max<int64_t>(problem.n, 1);
