@@ -81,13 +81,40 @@ def test_steps_in_one_call(dtype: torch.dtype) -> None:
         (TRANSPOSE, 0, 5, 6),
     ]
     code = [number for step in steps for number in step]
-    ops.run_steps(code, [x, other, joined, joined[:, :4], joined[:, 4:], pooled, out])
+    assert ops.run_steps(code, [x, other, joined, joined[:, :4], joined[:, 4:], pooled, out])
     expected = torch.cat([F.conv2d(x, weight, padding=1).relu(), other], 1)
     torch.testing.assert_close(joined, expected, rtol=2e-2, atol=2e-2)
     assert torch.equal(joined[:, 4:], other)
     assert torch.equal(out, F.max_pool2d(joined, 2))
     assert out.is_contiguous()
     ops.release_prepared(handle)
+
+
+@pytest.mark.parametrize("change", ["value", "memory", "bias", "algorithm"])
+def test_steps_do_not_run_with_what_is_no_longer_so(change: str) -> None:
+    """Nothing is written where a weight or the choice of algorithms has changed since."""
+    ops = torch.ops.segpose
+    x = torch.randn(1, 3, 5, 4).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
+    attributes = ([1, 1], [1, 1], [0, 0], [1, 1], 1, False, 0.0, 1 << 20, [])
+    handle = ops.prepare_conv(weight, bias, list(x.shape), *attributes)
+    out = torch.zeros(1, 4, 5, 4).to(memory_format=torch.channels_last)
+    previous = ops.set_algorithm("")
+    try:
+        if change == "value":
+            weight.data[0, 0, 0, 0] += 1
+        elif change == "memory":
+            weight.data = weight.data.clone()
+        elif change == "bias":
+            bias.data[0] += 1
+        else:
+            ops.set_algorithm("igemm")
+        assert not ops.run_steps([CONV, handle, 0, 1], [x, out])
+        assert not out.any()
+        assert ops.first_stale([handle]) == 0
+    finally:
+        ops.set_algorithm(previous)
+        ops.release_prepared(handle)
 
 
 def test_steps_refuse_what_does_not_fit() -> None:

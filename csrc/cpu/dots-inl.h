@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The microkernel of few columns, a text like ukernels-inl.h that stands after it and staging-inl.h: vectors lie along
 // the values of a run, which every column multiplies, and their lanes are added up at the end. With vectors along the
-// columns most lanes would idle: 64 channels into 3, 4 x 4 at stride 2, took 2.2 ms that way and 0.5 ms this way.
+// columns most lanes would idle: 64 channels into 3, 4 x 4 at stride 2, took 2.2 ms that way and 0.7 ms this way.
 
 // Lane i of the result is the sum of all lanes of sums[i % Count]: halves of two vectors meet at growing distances.
 template <class T, int Count, int Distance = 1>

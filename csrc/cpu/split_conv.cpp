@@ -182,15 +182,18 @@ int64_t group_size(const SplitLaunch& launch, size_t phase, int64_t column_tiles
 }
 
 int64_t group_tiles(const SplitLaunch& launch, const std::vector<PlaneStep>& steps, const PlaneLayout& layout,
-                    int64_t step_bytes, int64_t tiles, int64_t group_size, const Scratch& scratch) {
+                    int64_t step_bytes, int64_t tiles, int64_t group_size, bool whole, const Scratch& scratch) {
   const int64_t height = launch.epilogue.pooled ? 2 : 1;  // tiles that stay together
   const int64_t groups = ceil_div(tiles, group_size);
+  // Of about the same size. Whole ones, but for the last, where a call writes the sums of all its rows in any case.
+  const auto begin = [&](int64_t g) {
+    return whole ? std::min(g * group_size, tiles) : tiles / height * g / groups * height;
+  };
   int64_t used = 0;
   for (int64_t g = 0; g < groups; ++g) {
     TileGroup& group = scratch.groups[g];
-    const int64_t first = tiles / height * g / groups * height;
-    const int64_t end = tiles / height * (g + 1) / groups * height;
-    group = {first, end - first, used, 0};
+    const int64_t first = begin(g);
+    group = {first, begin(g + 1) - first, used, 0};
     for (size_t s = 0; s < steps.size(); ++s) {
       bool reads = false;
       for (int64_t t = 0; t < group.count; ++t) {
@@ -320,7 +323,7 @@ void run_block(const SplitLaunch& launch, const Block& block, const Scratch& scr
       const int64_t width = split.panel_tiles(plan.columns(), panel);
       if (width != listed) {
         groups = group_tiles(launch, split.steps[p], layout, launch.layout->step_bytes(plan, panel), tiles,
-                             group_size(launch, p, width), scratch);
+                             group_size(launch, p, width), width == 1, scratch);
       }
       listed = width;
       run_panel(launch, block, layout, static_cast<int64_t>(p), panel, groups, scratch);
