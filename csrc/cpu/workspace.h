@@ -21,24 +21,32 @@ namespace segpose {
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // Asks for huge pages: transforms write a hundred streams at once, more than the first-level TLB has entries for 4 KB
-// pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them.
-inline void advise_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
+// pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them. Memory that
+// malloc has had in use before lies in 4 KB pages already and is collapsed (Linux 6.1): CPM2DPose took 70 ms instead of
+// 77 in a process that had freed 1.5 GB.
+inline void advise_huge_pages(const void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto start = reinterpret_cast<int64_t>(tensor.data_ptr());
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+  const auto start = reinterpret_cast<int64_t>(memory);
   const int64_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
   const int64_t end = (start + bytes) / kHugePage * kHugePage;
+  if (end <= begin) return;
   // Advice only: without it the kernels are slower, not wrong.
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+  (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+  (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), kCollapse);
 #else
-  (void)tensor;
+  (void)memory;
   (void)bytes;
 #endif
 }
 
+inline torch::stable::Tensor empty_bytes(int64_t bytes, const torch::stable::Device& device) {
+  return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
+}
+
 inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
-  torch::stable::Tensor tensor =
-      torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
-  advise_huge_pages(tensor, bytes);
+  torch::stable::Tensor tensor = empty_bytes(bytes, device);
+  advise_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 
@@ -53,9 +61,10 @@ inline int64_t filter_bytes_in_pages(int64_t bytes) {
 inline torch::stable::Tensor allocate_filter(int64_t bytes, const torch::stable::Device& device) {
   const int64_t size = filter_bytes_in_pages(bytes);
   if (size % kHugePage != 0 || size == 0) return allocate_bytes(size, device);
-  const torch::stable::Tensor block = allocate_bytes(size + kHugePage, device);
+  const torch::stable::Tensor block = empty_bytes(size + kHugePage, device);
   const auto start = reinterpret_cast<int64_t>(block.data_ptr());
   const int64_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+  advise_huge_pages(reinterpret_cast<void*>(aligned), size);
   return torch::stable::from_blob(reinterpret_cast<void*>(aligned), {size}, {1}, device,
                                   torch::headeronly::ScalarType::Byte, [block](void*) {});
 }
