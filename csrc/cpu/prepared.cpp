@@ -203,7 +203,7 @@ void release_prepared(int64_t handle) { Registry::instance().remove(handle); }
 // Memory for activations that are kept between runs.
 Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
   STD_TORCH_CHECK(bytes >= 0, "segpose: bytes must not be negative, got ", bytes);
-  return allocate_bytes(bytes, like.device());
+  return allocate_bytes(bytes, like.device(), Use::runs);
 }
 
 void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, const Epilogue& epilogue) {

@@ -21,10 +21,12 @@ namespace segpose {
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // Asks for huge pages: transforms write a hundred streams at once, more than the first-level TLB has entries for 4 KB
-// pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them. Memory that
-// malloc has had in use before lies in 4 KB pages already and is collapsed (Linux 6.1): CPM2DPose took 70 ms instead of
-// 77 in a process that had freed 1.5 GB.
-inline void advise_huge_pages(const void* memory, int64_t bytes) {
+// pages. Only for memory that is kept: a fresh result in huge pages waits for the system to free them. What malloc has
+// had in use before lies in 4 KB pages already. Collapsing those (Linux 6.1) copies them, which pays for memory that is
+// kept for many runs: CPM2DPose took 70 ms instead of 82 in a process that had freed 1.5 GB.
+enum class Use { calls, runs };
+
+inline void advise_huge_pages(const void* memory, int64_t bytes, Use use) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
   const auto start = reinterpret_cast<int64_t>(memory);
@@ -33,8 +35,11 @@ inline void advise_huge_pages(const void* memory, int64_t bytes) {
   if (end <= begin) return;
   // Advice only: without it the kernels are slower, not wrong.
   (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-  (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), kCollapse);
+  if (use == Use::runs) {
+    (void)madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), kCollapse);
+  }
 #else
+  (void)use;
   (void)memory;
   (void)bytes;
 #endif
@@ -44,9 +49,9 @@ inline torch::stable::Tensor empty_bytes(int64_t bytes, const torch::stable::Dev
   return torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte, std::nullopt, device);
 }
 
-inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device) {
+inline torch::stable::Tensor allocate_bytes(int64_t bytes, const torch::stable::Device& device, Use use) {
   torch::stable::Tensor tensor = empty_bytes(bytes, device);
-  advise_huge_pages(tensor.data_ptr(), bytes);
+  advise_huge_pages(tensor.data_ptr(), bytes, use);
   return tensor;
 }
 
@@ -60,11 +65,11 @@ inline int64_t filter_bytes_in_pages(int64_t bytes) {
 // Memory for a filter of that size. What alignment adds is never touched.
 inline torch::stable::Tensor allocate_filter(int64_t bytes, const torch::stable::Device& device) {
   const int64_t size = filter_bytes_in_pages(bytes);
-  if (size % kHugePage != 0 || size == 0) return allocate_bytes(size, device);
+  if (size % kHugePage != 0 || size == 0) return allocate_bytes(size, device, Use::runs);
   const torch::stable::Tensor block = empty_bytes(size + kHugePage, device);
   const auto start = reinterpret_cast<int64_t>(block.data_ptr());
   const int64_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-  advise_huge_pages(reinterpret_cast<void*>(aligned), size);
+  advise_huge_pages(reinterpret_cast<void*>(aligned), size, Use::runs);
   return torch::stable::from_blob(reinterpret_cast<void*>(aligned), {size}, {1}, device,
                                   torch::headeronly::ScalarType::Byte, [block](void*) {});
 }
@@ -99,7 +104,7 @@ class WorkspacePool {
       return tensor;
     }
     if (fit != free_.begin()) free_.erase(fit - 1);
-    return allocate_bytes(bytes, device);
+    return allocate_bytes(bytes, device, Use::calls);
   }
 
   // Those that have waited longest make room.
