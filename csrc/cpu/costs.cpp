@@ -241,10 +241,12 @@ double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns
   const ConvProblem& problem = plan.problem;
   const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
   const double units = static_cast<double>(merged.runs.size());
-  const double columns = units * static_cast<double>(padded(merged.taps * problem.c_per_group(), widths));
+  const int64_t run = merged.taps * problem.c_per_group();
+  const bool filter_lanes = takes_filter_lanes(problem, run, widths);
+  const double columns = units * static_cast<double>(filter_lanes ? run : padded(run, widths));
   const double filters = static_cast<double>(problem.k);
   const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
-  const double narrow = merged.taps * problem.c_per_group() <= widths.width[0] ? kNarrowWgrad : 1;
+  const double narrow = (filter_lanes ? problem.k : run) <= widths.width[0] ? kNarrowWgrad : 1;
   return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
          pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
          tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../common/integers.h"
 #include "staging.h"
 
 namespace segpose {
@@ -11,6 +12,35 @@ namespace {
 
 // Values that one thread packs before others have woken up.
 constexpr int64_t kSerialPack = 16 << 10;
+
+// Source channels that a task packs together.
+constexpr int64_t kPackRows = 8;
+
+// Whether the taps of a filter and a channel follow each other, as in torch's default layout.
+bool has_tap_rows(const FilterView& filter, const ConvProblem& problem) {
+  return (problem.s == 1 || filter.stride_s == 1) && (problem.r == 1 || filter.stride_r == problem.s);
+}
+
+// The source channels [begin, end) of one panel, where taps follow each other and are cheaper to transpose than to
+// visit one by one. `line` has room for [taps][nr].
+template <class T>
+void pack_tap_rows(const Plan& plan, const PackedFilter& layout, const FilterView& filter, int64_t group,
+                   const Panel& panel, int64_t begin, int64_t end, T* line, T* packed) {
+  const FilterStrides strides = filter_strides(plan, filter);
+  const T* source =
+      static_cast<const T*>(filter.data) + group * strides.group + panel.column * strides.column + begin * strides.from;
+  for (int64_t i = begin; i < end; ++i, source += strides.from) {
+    ukernels<T>(plan.isa).transpose(source, strides.column, panel.columns, plan.problem.taps(), line, panel.nr);
+    for (size_t p = 0; p < plan.phases.size(); ++p) {
+      const auto phase = static_cast<int64_t>(p);
+      T* out = packed + layout.phase_offset(phase) + layout.panel_offset(plan, phase, group, panel) + i * panel.nr;
+      for (const Tap& tap : plan.phases[p].taps) {
+        std::copy_n(line + (tap.r * plan.problem.s + tap.s) * panel.nr, panel.nr, out);
+        out += plan.depth() * panel.nr;
+      }
+    }
+  }
+}
 
 }  // namespace
 
@@ -80,23 +110,56 @@ void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView&
     }
   };
   const Executor serial{1, nullptr};
-  for_each_task(layout.size() < kSerialPack ? serial : executor, static_cast<int64_t>(taps.size()) * blocks,
-                [&](int64_t task, int64_t) {
-                  const auto [p, t] = taps[static_cast<size_t>(task / blocks)];
-                  const Panel& panel = plan.panels[static_cast<size_t>(task % panels)];
-                  const int64_t group = task % blocks / panels;
-                  const Tap& tap = plan.phases[p].taps[static_cast<size_t>(t)];
-                  T* block = packed + layout.phase_offset(static_cast<int64_t>(p)) +
-                             layout.panel_offset(plan, static_cast<int64_t>(p), group, panel);
-                  const int64_t start = group * strides.group + panel.column * strides.column +
-                                        tap.r * filter.stride_r + tap.s * filter.stride_s;
-                  if (panel.dots) {
-                    pack_dots(plan.phases[p], t, panel, start, block);
-                  } else {
-                    gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr,
-                                  block + t * from * panel.nr);
-                  }
-                });
+  const Executor& chosen = layout.size() < kSerialPack ? serial : executor;
+  const bool dots = std::any_of(plan.panels.begin(), plan.panels.end(), [](const Panel& panel) { return panel.dots; });
+  if (!dots && plan.problem.taps() > 1 && filter.dtype == compute_dtype<T>() && has_tap_rows(filter, plan.problem)) {
+    const int64_t parts = ceil_div(from, kPackRows);
+    for_each_task(chosen, parts * blocks, [&](int64_t task, int64_t) {
+      const Panel& panel = plan.panels[static_cast<size_t>(task / parts % panels)];
+      const int64_t begin = task % parts * kPackRows;
+      // Zeros after the panel's columns, which a transposition leaves alone.
+      std::vector<T> line(static_cast<size_t>(plan.problem.taps() * panel.nr));
+      pack_tap_rows(plan, layout, filter, task / parts / panels, panel, begin, std::min(begin + kPackRows, from),
+                    line.data(), packed);
+    });
+    return;
+  }
+  for_each_task(chosen, static_cast<int64_t>(taps.size()) * blocks, [&](int64_t task, int64_t) {
+    const auto [p, t] = taps[static_cast<size_t>(task / blocks)];
+    const Panel& panel = plan.panels[static_cast<size_t>(task % panels)];
+    const int64_t group = task % blocks / panels;
+    const Tap& tap = plan.phases[p].taps[static_cast<size_t>(t)];
+    T* block = packed + layout.phase_offset(static_cast<int64_t>(p)) +
+               layout.panel_offset(plan, static_cast<int64_t>(p), group, panel);
+    const int64_t start =
+        group * strides.group + panel.column * strides.column + tap.r * filter.stride_r + tap.s * filter.stride_s;
+    if (panel.dots) {
+      pack_dots(plan.phases[p], t, panel, start, block);
+    } else {
+      gather_filter(filter, start, strides.from, strides.column, from, panel.columns, panel.nr,
+                    block + t * from * panel.nr);
+    }
+  });
+}
+
+template <class T>
+void scatter_filter(const FilterView& filter, int64_t start, const ConvProblem& problem, const T* values) {
+  const int64_t channels = problem.c_per_group();
+  if (filter.dtype == compute_dtype<T>() && filter.stride_c != 1 && has_tap_rows(filter, problem)) {
+    T* const out = static_cast<T*>(filter.data) + start;
+    ukernels<T>(selected_isa()).transpose(values, channels, problem.taps(), channels, out, filter.stride_c);
+    return;
+  }
+  for (int64_t t = 0; t < problem.taps(); ++t, values += channels) {
+    const int64_t first = start + t / problem.s * filter.stride_r + t % problem.s * filter.stride_s;
+    if (filter.dtype == compute_dtype<T>() && filter.stride_c == 1) {
+      std::copy_n(values, channels, static_cast<T*>(filter.data) + first);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      store_element(filter.data, filter.dtype, first + c * filter.stride_c, values[c]);
+    }
+  }
 }
 
 template <class T>
@@ -112,6 +175,7 @@ void pack_bias(const void* bias, DType dtype, int64_t stride, int64_t groups, in
 #define SEGPOSE_INSTANTIATE(T)                                                                                 \
   template void gather_filter<T>(const FilterView&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, T*); \
   template void pack_filter<T>(const Plan&, const PackedFilter&, const FilterView&, T*, const Executor&);      \
+  template void scatter_filter<T>(const FilterView&, int64_t, const ConvProblem&, const T*);                   \
   template void pack_bias<T>(const void*, DType, int64_t, int64_t, int64_t, int64_t, T*);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)

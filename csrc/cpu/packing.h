@@ -39,6 +39,11 @@ template <class T>
 void pack_filter(const Plan& plan, const PackedFilter& layout, const FilterView& filter, T* packed,
                  const Executor& executor);
 
+// Writes a filter's gradient [taps][channels of a group] from `start` on, in elements, with the strides and dtype of
+// `filter`.
+template <class T>
+void scatter_filter(const FilterView& filter, int64_t start, const ConvProblem& problem, const T* values);
+
 // The bias of every group, padded to whole panels: [groups][padded], zeros after `columns`.
 template <class T>
 void pack_bias(const void* bias, DType dtype, int64_t stride, int64_t groups, int64_t columns, int64_t padded,

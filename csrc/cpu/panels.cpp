@@ -34,4 +34,8 @@ int64_t padded(int64_t columns, const Widths& widths) {
   return panels.back().column + panels.back().nr;
 }
 
+bool takes_filter_lanes(const ConvProblem& problem, int64_t columns, const Widths& widths) {
+  return problem.groups == 1 && problem.k % widths.width[0] == 0 && 4 * columns <= 3 * padded(columns, widths);
+}
+
 }  // namespace segpose

@@ -62,4 +62,7 @@ std::vector<Panel> split_dots(int64_t columns, int64_t dots, const Widths& width
 // Columns of whole panels.
 int64_t padded(int64_t columns, const Widths& widths);
 
+// Whether the filters of a wgrad fill vectors so much better than a run of its columns that they take the lanes.
+bool takes_filter_lanes(const ConvProblem& problem, int64_t columns, const Widths& widths);
+
 }  // namespace segpose

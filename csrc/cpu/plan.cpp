@@ -230,8 +230,11 @@ void plan_gather_passes(Plan& plan, const Widths& widths, int64_t element) {
 void plan_rows_wgrad(Plan& plan, const Widths& widths) {
   const ConvProblem& problem = plan.problem;
   const PhaseRuns merged = merge_taps(plan.phases.front(), problem.groups == 1);
-  plan.panels = split_columns(merged.taps * problem.c_per_group(), widths);
-  const int64_t values = problem.k * static_cast<int64_t>(merged.runs.size()) * plan.padded_columns();
+  const int64_t columns = merged.taps * problem.c_per_group();
+  plan.filter_lanes = takes_filter_lanes(problem, columns, widths);
+  plan.panels = split_columns(plan.filter_lanes ? problem.k : columns, widths);
+  const int64_t units = static_cast<int64_t>(merged.runs.size());
+  const int64_t values = units * (plan.filter_lanes ? columns : problem.k) * plan.padded_columns();
   const int64_t blocks = ceil_div(problem.n, plan.rows.images) * ceil_div(problem.p, plan.rows.rows);
   plan.splits = std::min({kRowsWgradSplits, blocks, std::max<int64_t>(kRowsWgradValues / values, 1)});
   plan.k_block = problem.k_per_group();

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "../common/integers.h"
+
 namespace segpose {
 namespace {
 
@@ -14,6 +16,7 @@ constexpr int64_t kBlock = 16;
 constexpr int64_t kShortRun = 4;
 // Rows of the image that one partial bias sum covers; fixed, so that the sum does not depend on the threads.
 constexpr int64_t kBiasChunks = 64;
+constexpr int64_t kSumVectors = 4;
 
 const char* address(const TensorView& view, int64_t offset) {
   return static_cast<const char*>(view.data) + offset * dtype_size(view.dtype);
@@ -87,8 +90,18 @@ MaskArgs<T> mask_args(const Ukernels<T>& kernels, const MaskedSource& source, in
   return args;
 }
 
-// The fewest whole vectors after which the channels come round again.
-int64_t sum_period(int64_t channels, int64_t vector) { return channels / std::gcd(channels, vector) * vector; }
+// Whole vectors after which the channels come round again; several, so that an addition need not wait for the one
+// before.
+int64_t sum_period(int64_t channels, int64_t vector) {
+  const int64_t period = channels / std::gcd(channels, vector) * vector;
+  return period * ceil_div(kSumVectors * vector, period);
+}
+
+// Whether rows of channels follow each other without a gap, image after image.
+bool is_dense(const TensorView& view) {
+  return (view.stride_c == 1 || view.c == 1) && view.stride_w == view.c && view.stride_h == view.w * view.c &&
+         view.stride_n == view.h * view.w * view.c;
+}
 
 }  // namespace
 
@@ -135,11 +148,15 @@ void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T
   T* partials = scratch + 2 * executor.workers * row_size;
   const int64_t rows = grad.n * grad.h;
   const int64_t chunks = std::min(kBiasChunks, rows);
+  const SourceMask* mask = stage.source.mask;
+  const bool dense = is_dense(grad) && (mask == nullptr || is_dense(mask->output));
   for_each_task(executor, chunks, [&](int64_t chunk, int64_t worker) {
     T* sums = partials + chunk * period;
     std::fill_n(sums, period, T{0});
     T* temporary = scratch + 2 * worker * row_size;
-    for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; ++row) {
+    const int64_t end = rows * (chunk + 1) / chunks;
+    int64_t count = 1;
+    for (int64_t row = rows * chunk / chunks; row < end; row += count) {
       MaskArgs<T> args = mask_args(kernels, stage.source, row / grad.h, row % grad.h, temporary);
       args.sums = stage.bias_grad == nullptr ? nullptr : sums;
       args.period = period;
@@ -147,6 +164,9 @@ void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T
                       ? nullptr
                       : static_cast<char*>(stage.destination) + row * row_size * dtype_size(stage.destination_dtype);
       if (out == nullptr || stage.destination_dtype == args.dtype) {
+        const bool in_place = args.g != temporary && args.y != temporary + row_size;
+        count = dense && in_place ? end - row : 1;
+        args.count *= count;
         args.out = out;
         kernels.mask_line(args);
         continue;

@@ -125,7 +125,7 @@ struct MaskArgs {
 };
 
 constexpr int kMaxGemmTiles = 3;
-constexpr int kMaxWgradTiles = 12;
+constexpr int kMaxWgradTiles = 16;
 constexpr int kMaxRowsTiles = 10;
 constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;

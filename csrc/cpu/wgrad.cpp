@@ -2,8 +2,10 @@
 #include "wgrad.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "../common/integers.h"
+#include "packing.h"
 #include "row_table.h"
 #include "rows_stage.h"
 
@@ -18,7 +20,8 @@ bool is_gathered(const Plan& plan) { return plan.algorithm == Algorithm::gathere
 bool in_rows(const Plan& plan) { return plan.algorithm == Algorithm::rows; }
 
 // The partial sums of one split: [group][unit][filter][padded columns], where a unit is a tap, or several whose
-// columns follow each other: all when gathered, a run of a row in bands of rows.
+// columns follow each other: all when gathered, a run of a row in bands of rows. With filters in the lanes
+// [unit][column][padded filters].
 struct PartialLayout {
   int64_t groups, units, unit_taps, filters, padded;
 
@@ -28,7 +31,7 @@ struct PartialLayout {
                 : in_rows(plan)   ? merge_taps(plan.phases.front(), plan.problem.groups == 1).taps
                                   : 1;
     units = plan.problem.taps() / unit_taps;
-    filters = plan.problem.k_per_group();
+    filters = plan.filter_lanes ? unit_taps * plan.problem.c : plan.problem.k_per_group();
     padded = plan.padded_columns();
   }
   int64_t size() const { return groups * units * filters * padded; }
@@ -152,8 +155,10 @@ void run_bands(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_
   const int64_t blocks = ceil_div(problem.n, rows.images) * bands;
   WgradArgs<T> args{};
   args.segments = segments;
+  // The tile broadcasts `g` and has `x` in its lanes.
   args.g_step = launch.grad.stride_w;
   args.x_step = problem.stride_w * problem.c;
+  if (plan.filter_lanes) std::swap(args.g_step, args.x_step);
   for (int64_t block = blocks * split / plan.splits; block < blocks * (split + 1) / plan.splits; ++block) {
     const int64_t image = block / bands * rows.images;
     const int64_t row = block % bands * rows.rows;
@@ -162,13 +167,19 @@ void run_bands(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_
     args.count = 0;
     for (int64_t i = 0; i < images; ++i) {
       for (int64_t r = 0; r < std::min(rows.rows, problem.p - row); ++r) {
-        segments[args.count++] = {launch.grad.template as<T>() + launch.grad.offset(image + i, row + r, 0),
-                                  band.data() + i * band.image_size() + r * rows.row_step * band.row_size(), problem.q};
+        const T* const grad = launch.grad.template as<T>() + launch.grad.offset(image + i, row + r, 0);
+        const T* const source = band.data() + i * band.image_size() + r * rows.row_step * band.row_size();
+        segments[args.count++] =
+            plan.filter_lanes ? Segment<T>{source, grad, problem.q} : Segment<T>{grad, source, problem.q};
       }
     }
     for (int64_t group = 0; group < layout.groups; ++group) {
       for (int64_t unit = 0; unit < layout.units; ++unit) {
         const int64_t x = run_offset(rows, merged.runs[static_cast<size_t>(unit)], problem.c);
+        if (plan.filter_lanes) {
+          accumulate_tiles(plan, kernels, args, x, 0, layout.filters, partials + layout.row(0, unit, 0), layout.padded);
+          continue;
+        }
         accumulate_tiles(plan, kernels, args, group * layout.filters, x + group * problem.c_per_group(), layout.filters,
                          partials + layout.row(group, unit, 0), layout.padded);
       }
@@ -242,22 +253,33 @@ template <class T>
 void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout, const Executor& executor) {
   const Plan& plan = *launch.plan;
   const ConvProblem& problem = plan.problem;
-  const FilterView& out = launch.destination;
   const bool depthwise = plan.algorithm == Algorithm::depthwise;
   const int64_t channels = problem.c_per_group();
+  const int64_t scratch_bytes = wgrad_scratch<T>(plan);
   const Executor serial{1, nullptr};
-  for_each_task(plan.splits * layout.size() < kSerialValues ? serial : executor, problem.k, [&](int64_t k, int64_t) {
+  const Executor& chosen = plan.splits * layout.size() < kSerialValues ? serial : executor;
+  for_each_task(chosen, problem.k, [&](int64_t k, int64_t worker) {
+    T* const line = reinterpret_cast<T*>(launch.scratch + worker * scratch_bytes);  // [taps][channels]
     for (int64_t t = 0; t < problem.taps(); ++t) {
-      const int64_t base = depthwise ? layout.row(0, t, 0) + k
-                                     : layout.row(k / layout.filters, t / layout.unit_taps, k % layout.filters) +
-                                           t % layout.unit_taps * channels;
-      const int64_t start = k * out.stride_k + t / problem.s * out.stride_r + t % problem.s * out.stride_s;
-      for (int64_t c = 0; c < channels; ++c) {
-        T sum = launch.partials[base + c];
-        for (int64_t split = 1; split < plan.splits; ++split) sum += launch.partials[split * layout.size() + base + c];
-        store_element(out.data, out.dtype, start + c * out.stride_c, sum);
+      const int64_t column = t % layout.unit_taps * channels;
+      const int64_t unit = t / layout.unit_taps;
+      const int64_t base = depthwise           ? layout.row(0, t, 0) + k
+                           : plan.filter_lanes ? layout.row(0, unit, column) + k
+                                               : layout.row(k / layout.filters, unit, k % layout.filters) + column;
+      const int64_t step = plan.filter_lanes ? layout.padded : 1;
+      T* const sums = line + t * channels;
+      for (int64_t split = 0; split < plan.splits; ++split) {
+        const T* const partial = launch.partials + split * layout.size() + base;
+        if (split == 0) {
+          for (int64_t c = 0; c < channels; ++c) sums[c] = partial[c * step];
+        } else if (step == 1) {
+          for (int64_t c = 0; c < channels; ++c) sums[c] += partial[c];
+        } else {
+          for (int64_t c = 0; c < channels; ++c) sums[c] += partial[c * step];
+        }
       }
     }
+    scatter_filter(launch.destination, k * launch.destination.stride_k, problem, line);
   });
 }
 
@@ -282,7 +304,8 @@ int64_t wgrad_scratch(const Plan& plan) {
   } else {
     const Scratch<T> scratch(plan, arena);
   }
-  return arena.used();
+  // Afterwards a filter on its way to the destination.
+  return std::max<int64_t>(arena.used(), plan.problem.taps() * plan.problem.c_per_group() * sizeof(T));
 }
 
 template <class T>
