@@ -86,6 +86,8 @@ PLAN_SOURCES = [
 ]
 KERNEL_SOURCES = [
     "csrc/registration.cpp",
+    "csrc/cpu/backward_blocks.cpp",
+    "csrc/cpu/chain.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/depthwise.cpp",
     "csrc/cpu/igemm.cpp",

@@ -13,7 +13,12 @@ import pytest
 from segpose_kernels import _plan
 
 TESTS = Path(__file__).resolve().parent
-COMPACT = ("test_kernels.py", "test_activation.py", "test_few_columns.py")
+COMPACT = (
+    "test_kernels.py",
+    "test_activation.py",
+    "test_few_columns.py",
+    "test_backward_blocks.py",
+)
 KNOWN = ("generic", "avx2", "avx512", "amx")
 
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CPU kernels of the segpose ops: check, allocate, plan, launch.
+#include "conv.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +10,7 @@
 #include <memory>
 #include <tuple>
 
+#include "backward_blocks.h"
 #include "passes.h"
 #include "results.h"
 #include "settings.h"
@@ -80,8 +83,8 @@ void run_gather(const Plan& plan, const MaskedSource& source, const Tensor& weig
     GatherPass part = whole;
     ConvProblem problem = plan.problem;
     part.destination.c = (forward ? problem.k : problem.c) = std::min(step, channels - first);
-    const Plan part_plan = plan_for(problem, plan.pass, weight, precision);
-    part.plan = &part_plan;
+    const auto part_plan = plan_for(problem, plan.pass, weight, precision);
+    part.plan = part_plan.get();
     const int64_t filter_step = forward ? part.filter.stride_k : part.filter.stride_c;
     part.filter.data = advance(part.filter.data, first * filter_step, plan.dtype);
     if (bias.has_value()) part.bias = advance(bias->data_ptr(), first * bias_stride, plan.dtype);
@@ -103,31 +106,13 @@ void fill_with_bias(Tensor& output, const OptionalTensor& bias, const ConvProble
   one.w = one.q = output.size(3);
   Tensor weight = torch::stable::new_zeros(output, {output.size(1), 1, 1, 1});
   Tensor source = torch::stable::new_zeros(output, {output.size(0), output.size(1), output.size(2), output.size(3)});
-  run_gather(plan_for(one, Pass::fprop, weight, Precision::exact), {view_of(source), nullptr}, weight, bias, output,
+  run_gather(*plan_for(one, Pass::fprop, weight, Precision::exact), {view_of(source), nullptr}, weight, bias, output,
              epilogue, Precision::exact);
-}
-
-Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvAttributes& attributes,
-               double negative_slope) {
-  const ConvProblem problem = make_problem(input, weight, attributes);
-  const Ints shape = shape_of(problem, attributes.transposed);
-  check_bias(bias, input, shape[1]);
-  const Epilogue epilogue = epilogue_from_slope(negative_slope);
-  Tensor output = allocate_result(input, shape, suggests_channels_last(input) || suggests_channels_last(weight));
-  if (is_empty(input, weight)) {
-    fill_with_bias(output, bias, problem, epilogue);
-  } else {
-    const Precision precision = current_precision(problem.flops(), weight);
-    const Plan plan = plan_for(problem, forward_pass(attributes), weight, precision);
-    run_gather(plan, {view_of(input), nullptr}, weight, bias, output, epilogue, precision);
-  }
-  return output;
 }
 
 // dy after the activation's gradient, as the passes of a backward read it.
 struct MaskedGradient {
   MaskedSource source;
-  SourceMask mask{};
   std::unique_ptr<Workspace> storage;  // of a masked copy, where a pass reads rows in place
 };
 
@@ -139,29 +124,60 @@ enum class GradientUse {
 };
 
 // The bias gradient falls out of the same pass over dy.
-void mask_gradient(MaskedGradient& gradient, const Tensor& grad_output, const OptionalTensor& output,
-                   const Epilogue& epilogue, GradientUse use, OptionalTensor& grad_bias) {
-  const TensorView grad = view_of(grad_output);
+MaskedGradient mask_gradient(const LayerBackward& layer, GradientUse use, const Tensor& like) {
+  const TensorView& grad = layer.grad.view;
   const DType compute = compute_dtype_of(grad.dtype);
-  gradient.source = {grad, nullptr};
-  if (epilogue.activation != Activation::none) {
-    gradient.mask = {view_of(*output), epilogue.activation, epilogue.negative_slope};
-    gradient.source.mask = &gradient.mask;
-  }
-  const bool copied = use == GradientUse::in_place ? !gradient.source.in_place(compute)
-                                                   : use == GradientUse::packed && gradient.source.mask != nullptr;
-  if (!copied && !grad_bias.has_value()) return;
+  MaskedGradient gradient{layer.grad, nullptr};
+  const bool copied = use == GradientUse::in_place ? !layer.grad.in_place(compute)
+                                                   : use == GradientUse::packed && layer.grad.mask != nullptr;
+  if (!copied && layer.grad_bias == nullptr) return gradient;
   const DType dtype = use == GradientUse::in_place ? compute : grad.dtype;
-  GradientPass pass{gradient.source, selected_isa(), nhwc_view(nullptr, dtype, grad.n, grad.c, grad.h, grad.w),
-                    grad_bias.has_value() ? grad_bias->data_ptr() : nullptr};
+  GradientPass pass{layer.grad, selected_isa(), nhwc_view(nullptr, dtype, grad.n, grad.c, grad.h, grad.w),
+                    layer.grad_bias};
   if (copied) {
-    gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(dtype), grad_output);
+    gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(dtype), like);
     pass.masked.data = gradient.storage->data();
   }
   const Executor executor = torch_executor();
-  const Workspace workspace(gradient_workspace(pass, executor.workers), grad_output);
+  const Workspace workspace(gradient_workspace(pass, executor.workers), like);
   run_gradient_pass(pass, workspace.data(), executor);
   if (copied) gradient.source = {pass.masked, nullptr};
+  return gradient;
+}
+
+Pass input_pass(const LayerBackward& layer) { return layer.transposed ? Pass::fprop : Pass::dgrad; }
+
+// Plans of the passes that are wanted, over so many images.
+BlockPlans plans_of(const LayerBackward& layer, int64_t images, const Tensor& weight, Precision precision) {
+  ConvProblem problem = layer.problem;
+  problem.n = images;
+  BlockPlans plans;
+  if (layer.grad_input.data != nullptr) plans.input = plan_for(problem, input_pass(layer), weight, precision);
+  if (layer.grad_filter.data != nullptr) plans.weight = plan_for(problem, Pass::wgrad, weight, precision);
+  return plans;
+}
+
+// Algorithms that were asked for or measured are those of whole passes.
+bool has_choice(const LayerBackward& layer, const Tensor& weight, Precision precision) {
+  if (forced_algorithm >= 0) return true;
+  const auto measured = [&](Pass pass) {
+    return Choices::instance().find({numbers_of(layer.problem), pass, to_dtype(weight), precision, false}).has_value();
+  };
+  return measured(input_pass(layer)) || measured(Pass::wgrad);
+}
+
+// False, and nothing done, where whole passes are better.
+bool backward_in_blocks(const LayerBackward& layer, const Tensor& weight, Precision precision) {
+  const int64_t images = block_images(layer);
+  if (images == 0 || has_choice(layer, weight, precision)) return false;
+  const int64_t rest = layer.problem.n % images;
+  BlockwiseBackward backward{&layer, images, plans_of(layer, images, weight, precision), {}};
+  backward.last = rest == 0 ? backward.plans : plans_of(layer, rest, weight, precision);
+  if (!run_in_blocks(backward.plans) || !run_in_blocks(backward.last)) return false;
+  const Executor executor = torch_executor();
+  const Workspace workspace(blockwise_workspace(backward, executor.workers), weight);
+  run_blockwise_backward(backward, workspace.data(), executor);
+  return true;
 }
 
 void run_wgrad(const Plan& plan, const MaskedSource& grad, const MaskedSource& activation, const Tensor& grad_weight) {
@@ -171,9 +187,51 @@ void run_wgrad(const Plan& plan, const MaskedSource& grad, const MaskedSource& a
   run_wgrad_pass(pass, workspace.data(), executor);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& output,
-                                            const Tensor& input, const Tensor& weight, const ConvAttributes& attributes,
-                                            double negative_slope, bool need_input, bool need_weight, bool need_bias) {
+}  // namespace
+
+Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    const ConvAttributes& attributes, double negative_slope) {
+  const ConvProblem problem = make_problem(input, weight, attributes);
+  const Ints shape = shape_of(problem, attributes.transposed);
+  check_bias(bias, input, shape[1]);
+  const Epilogue epilogue = epilogue_from_slope(negative_slope);
+  Tensor output = allocate_result(input, shape, suggests_channels_last(input) || suggests_channels_last(weight));
+  if (is_empty(input, weight)) {
+    fill_with_bias(output, bias, problem, epilogue);
+  } else {
+    const Precision precision = current_precision(problem.flops(), weight);
+    const auto plan = plan_for(problem, forward_pass(attributes), weight, precision);
+    run_gather(*plan, {view_of(input), nullptr}, weight, bias, output, epilogue, precision);
+  }
+  return output;
+}
+
+namespace {
+
+void backward_in_passes(const LayerBackward& layer, const Tensor& weight, const Tensor& grad_input,
+                        const Tensor& grad_weight, Precision precision) {
+  const BlockPlans plans = plans_of(layer, layer.problem.n, weight, precision);
+  const bool by_input = plans.input != nullptr;
+  const bool by_weight = plans.weight != nullptr;
+  const bool packed = (!by_input || plans.input->masks_source()) && (!by_weight || plans.weight->masks_source());
+  const GradientUse use = !packed                 ? GradientUse::in_place
+                          : by_input && by_weight ? GradientUse::packed
+                                                  : GradientUse::fused;
+  const MaskedGradient gradient = mask_gradient(layer, use, weight);
+  if (by_input) {
+    run_gather(*plans.input, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0}, precision);
+  }
+  const MaskedSource activation{layer.input, nullptr};
+  if (by_weight && layer.transposed) run_wgrad(*plans.weight, activation, gradient.source, grad_weight);
+  if (by_weight && !layer.transposed) run_wgrad(*plans.weight, gradient.source, activation, grad_weight);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, const OptionalTensor& output,
+                                                 const Tensor& input, const Tensor& weight,
+                                                 const ConvAttributes& attributes, double negative_slope,
+                                                 bool need_input, bool need_weight, bool need_bias) {
   const ConvProblem problem = make_problem(input, weight, attributes);
   const Ints shape = shape_of(problem, attributes.transposed);
   const Epilogue epilogue = epilogue_from_slope(negative_slope);
@@ -194,31 +252,29 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
     torch::stable::zero_(grad_weight);
     if (grad_bias.has_value()) torch::stable::zero_(*grad_bias);
   } else {
-    const bool by_input = need_input && grad_input.numel() > 0;
-    const bool by_weight = need_weight && grad_weight.numel() > 0;
-    const Pass input_pass = attributes.transposed ? Pass::fprop : Pass::dgrad;
     const Precision precision = current_precision(problem.flops(), weight);
-    const Plan input_plan = by_input ? plan_for(problem, input_pass, weight, precision) : Plan{};
-    const Plan weight_plan = by_weight ? plan_for(problem, Pass::wgrad, weight, precision) : Plan{};
-    const bool packed = (!by_input || input_plan.masks_source()) && (!by_weight || weight_plan.masks_source());
-    const GradientUse use = !packed                 ? GradientUse::in_place
-                            : by_input && by_weight ? GradientUse::packed
-                                                    : GradientUse::fused;
-    MaskedGradient gradient;
-    mask_gradient(gradient, grad_output, output, epilogue, use, grad_bias);
-    if (by_input) {
-      run_gather(input_plan, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0}, precision);
+    LayerBackward layer{
+        problem, attributes.transposed, {view_of(grad_output), nullptr}, view_of(input), filter_of(weight)};
+    SourceMask mask{};
+    if (epilogue.activation != Activation::none) {
+      mask = {view_of(*output), epilogue.activation, epilogue.negative_slope};
+      layer.grad.mask = &mask;
     }
-    const MaskedSource activation{view_of(input), nullptr};
-    if (by_weight && attributes.transposed) run_wgrad(weight_plan, activation, gradient.source, grad_weight);
-    if (by_weight && !attributes.transposed) run_wgrad(weight_plan, gradient.source, activation, grad_weight);
+    if (need_input && grad_input.numel() > 0) layer.grad_input = view_of(grad_input);
+    if (need_weight && grad_weight.numel() > 0) layer.grad_filter = filter_of(grad_weight);
+    if (need_bias) layer.grad_bias = grad_bias->data_ptr();
+    if (!backward_in_blocks(layer, weight, precision)) {
+      backward_in_passes(layer, weight, grad_input, grad_weight, precision);
+    }
   }
   return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};
 }
 
+namespace {
+
 Tensor conv2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride, Ints padding,
                   Ints dilation, int64_t groups, double negative_slope) {
-  return forward(input, weight, bias, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope);
+  return conv_forward(input, weight, bias, {stride, padding, {0, 0}, dilation, groups, false}, negative_slope);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_act_backward(const Tensor& grad_output, const OptionalTensor& output,
@@ -226,13 +282,13 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_act_backward(const Tensor& grad_output
                                                        Ints padding, Ints dilation, int64_t groups,
                                                        double negative_slope, bool need_input, bool need_weight,
                                                        bool need_bias) {
-  return backward(grad_output, output, input, weight, {stride, padding, {0, 0}, dilation, groups, false},
-                  negative_slope, need_input, need_weight, need_bias);
+  return conv_backward(grad_output, output, input, weight, {stride, padding, {0, 0}, dilation, groups, false},
+                       negative_slope, need_input, need_weight, need_bias);
 }
 
 Tensor conv_transpose2d_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Ints stride,
                             Ints padding, Ints output_padding, int64_t groups, Ints dilation, double negative_slope) {
-  return forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, true}, negative_slope);
+  return conv_forward(input, weight, bias, {stride, padding, output_padding, dilation, groups, true}, negative_slope);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& grad_output,
@@ -241,8 +297,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_act_backward(const Tensor& g
                                                                  Ints output_padding, int64_t groups, Ints dilation,
                                                                  double negative_slope, bool need_input,
                                                                  bool need_weight, bool need_bias) {
-  return backward(grad_output, output, input, weight, {stride, padding, output_padding, dilation, groups, true},
-                  negative_slope, need_input, need_weight, need_bias);
+  return conv_backward(grad_output, output, input, weight, {stride, padding, output_padding, dilation, groups, true},
+                       negative_slope, need_input, need_weight, need_bias);
 }
 
 }  // namespace

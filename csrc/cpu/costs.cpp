@@ -14,6 +14,11 @@ namespace {
 constexpr double kGatherCycles = 7;
 constexpr double kSegmentCycles = 12;
 constexpr double kNarrowWgrad = 1.8;
+// Splits of a wgrad over bands of rows: most of them, values of their partial sums, and the fewest pixels of one, whose
+// products outweigh adding up another split.
+constexpr int64_t kMostSplits = 24;
+constexpr int64_t kPartialValues = 1 << 20;
+constexpr int64_t kSplitPixels = 1 << 10;
 // Cycles of a value that comes from memory.
 constexpr double kMemoryCycles = 0.25;
 constexpr double kCacheValues = 256 << 10;
@@ -237,6 +242,12 @@ double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
          (values > 4 * kCacheValues ? values * taps * kMemoryCycles : 0);
 }
 
+int64_t rows_wgrad_splits(const ConvProblem& problem, const RowsPlan& rows, int64_t values) {
+  const int64_t blocks = ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows);
+  const int64_t pixels = problem.n * problem.p * problem.q;
+  return std::max<int64_t>(std::min({kMostSplits, blocks, kPartialValues / values, pixels / kSplitPixels}), 1);
+}
+
 double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
   const ConvProblem& problem = plan.problem;
   const double pixels = static_cast<double>(problem.n * problem.p * problem.q);
@@ -247,10 +258,12 @@ double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns
   const double filters = static_cast<double>(problem.k);
   const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
   const double narrow = (filter_lanes ? problem.k : run) <= widths.width[0] ? kNarrowWgrad : 1;
+  const double splits =
+      static_cast<double>(rows_wgrad_splits(problem, rows, static_cast<int64_t>(columns * filters)));
   return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
          pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
          tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
-         kRowsWgradSplits * columns * filters * kStageCycles;
+         splits * columns * filters * kStageCycles;
 }
 
 }  // namespace segpose

@@ -24,8 +24,8 @@ double direct_wgrad_cycles(const Plan& plan, const Widths& widths);
 double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths);
 double split_wgrad_cycles(const Plan& plan, const SplitWgradPlan& split);
 
-// Splits that the partial sums of a wgrad over bands of rows are predicted with, and most of them.
-inline constexpr int64_t kRowsWgradSplits = 24;
+// Splits of the reduction of a wgrad over bands of rows, whose partial sums hold so many values.
+int64_t rows_wgrad_splits(const ConvProblem& problem, const RowsPlan& rows, int64_t values);
 // Reduced pixels of a direct wgrad's block: its rows of x and g stay in L2 for all the tiles that use them.
 inline constexpr int64_t kWgradPixels = 512;
 

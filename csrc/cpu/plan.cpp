@@ -29,9 +29,8 @@ constexpr int64_t kWgradTasks = 24;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
 // Products of one sum over bands of rows, which is not cut into chunks: longer ones would round more than torch's.
 constexpr int64_t kRowsSteps = 2048;
-// Partial sums of a wgrad over bands of rows; and what the wgrad of whole layers took over its prediction, beside AMX.
+// What the wgrad of whole layers took over its prediction, beside AMX.
 constexpr double kWinogradWgrad = 1.5;
-constexpr int64_t kRowsWgradValues = 1 << 20;
 
 // dgrad's phases. A single source row reaches each destination row by one tap at most: with a stride larger than all
 // distances every row is a phase of its own, and no tap reads padding.
@@ -235,8 +234,7 @@ void plan_rows_wgrad(Plan& plan, const Widths& widths) {
   plan.panels = split_columns(plan.filter_lanes ? problem.k : columns, widths);
   const int64_t units = static_cast<int64_t>(merged.runs.size());
   const int64_t values = units * (plan.filter_lanes ? columns : problem.k) * plan.padded_columns();
-  const int64_t blocks = ceil_div(problem.n, plan.rows.images) * ceil_div(problem.p, plan.rows.rows);
-  plan.splits = std::min({kRowsWgradSplits, blocks, std::max<int64_t>(kRowsWgradValues / values, 1)});
+  plan.splits = rows_wgrad_splits(problem, plan.rows, values);
   plan.k_block = problem.k_per_group();
   plan.block_m = plan.rows.images * plan.rows.rows * problem.q;
   plan.k_chunk = plan.block_m;

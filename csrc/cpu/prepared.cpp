@@ -142,7 +142,7 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
   check_bias(bias, weight, output_shape[1]);
   STD_TORCH_CHECK(problem.n > 0 && problem.c > 0 && problem.k > 0, "segpose: an empty problem cannot be prepared");
   const Precision precision = current_precision(problem.flops(), weight);
-  Plan plan = plan_for(problem, forward_pass(attributes), weight, precision, true);
+  Plan plan = *plan_for(problem, forward_pass(attributes), weight, precision, true);
   OptionalTensor packed = packed_by(donors, plan, weight);
   const int64_t bytes = packed_filter_bytes(plan);
   if (!packed.has_value() && filter_bytes_in_pages(bytes) <= max_bytes) {
@@ -152,7 +152,7 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
     pack_pass_filter(plan, filter_of(weight), packed->data_ptr(), workspace.data(), executor);
   }
   if (!packed.has_value()) {
-    plan = plan_for(problem, forward_pass(attributes), weight, precision);
+    plan = *plan_for(problem, forward_pass(attributes), weight, precision);
   }
   std::optional<Snapshot> bias_snapshot;
   if (bias.has_value()) bias_snapshot.emplace(*bias);

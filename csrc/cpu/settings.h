@@ -7,6 +7,7 @@
 #include <string>
 
 #include "choices.h"
+#include "plan_cache.h"
 #include "torch_views.h"
 
 namespace segpose {
@@ -40,14 +41,18 @@ inline Precision current_precision(double flops, const Tensor& weight) {
   return torch_precision();
 }
 
-inline Plan plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight, Precision precision,
-                     bool prepared = false) {
-  PlanOptions options{precision, std::nullopt, prepared, static_cast<int64_t>(torch::stable::get_num_threads())};
-  const int forced = forced_algorithm;
-  options.algorithm =
-      forced >= 0 ? std::optional(static_cast<Algorithm>(forced))
-                  : Choices::instance().find({numbers_of(problem), pass, to_dtype(weight), precision, prepared});
-  return plan_conv(problem, pass, to_dtype(weight), selected_isa(), options);
+// The plan of a pass. Making one takes 2 to 20 us, and training asks for the same ones in every step.
+inline std::shared_ptr<const Plan> plan_for(const ConvProblem& problem, Pass pass, const Tensor& weight,
+                                            Precision precision, bool prepared = false) {
+  Choices& choices = Choices::instance();
+  const ChoiceKey problem_key{numbers_of(problem), pass, to_dtype(weight), precision, prepared};
+  const PlanKey key{problem_key, static_cast<int64_t>(torch::stable::get_num_threads()), forced_algorithm.load(),
+                    choices.generation()};
+  return PlanCache::instance().find(key, [&] {
+    PlanOptions options{precision, std::nullopt, prepared, key.threads};
+    options.algorithm = key.forced >= 0 ? std::optional(static_cast<Algorithm>(key.forced)) : choices.find(problem_key);
+    return plan_conv(problem, pass, problem_key.dtype, selected_isa(), options);
+  });
 }
 
 // Differs where plans may differ, but for torch's switches.

@@ -14,8 +14,9 @@ namespace {
 constexpr int64_t kBlock = 16;
 // Fewer pixels side by side are written one by one.
 constexpr int64_t kShortRun = 4;
-// Rows of the image that one partial bias sum covers; fixed, so that the sum does not depend on the threads.
+// Partial bias sums, and the fewest values of one; fixed, so that the sum does not depend on the threads.
 constexpr int64_t kBiasChunks = 64;
+constexpr int64_t kBiasValues = 16 << 10;
 constexpr int64_t kSumVectors = 4;
 
 const char* address(const TensorView& view, int64_t offset) {
@@ -147,7 +148,7 @@ void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T
   const int64_t period = sum_period(grad.c, kernels.vector_length);
   T* partials = scratch + 2 * executor.workers * row_size;
   const int64_t rows = grad.n * grad.h;
-  const int64_t chunks = std::min(kBiasChunks, rows);
+  const int64_t chunks = std::clamp<int64_t>(rows * row_size / kBiasValues, 1, std::min(kBiasChunks, rows));
   const SourceMask* mask = stage.source.mask;
   const bool dense = is_dense(grad) && (mask == nullptr || is_dense(mask->output));
   for_each_task(executor, chunks, [&](int64_t chunk, int64_t worker) {

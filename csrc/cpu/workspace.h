@@ -80,6 +80,8 @@ class WorkspacePool {
   static constexpr int64_t kRetainedBytes = int64_t{256} << 20;
   // One that so many calls had no use for is given back: a training step peaks long after its largest layer.
   static constexpr int64_t kIdleCalls = 8;
+  // As long as all together take no more than this, they stay: a step of many small layers comes back to them.
+  static constexpr int64_t kSmallBytes = int64_t{16} << 20;
 
   // Never destroyed: tensors must not be freed after torch's own statics.
   static WorkspacePool& instance() {
@@ -91,9 +93,11 @@ class WorkspacePool {
   torch::stable::Tensor acquire(int64_t bytes, int64_t most, const torch::stable::Device& device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++calls_;
-    free_.erase(
-        std::remove_if(free_.begin(), free_.end(), [&](const Kept& kept) { return calls_ - kept.used > kIdleCalls; }),
-        free_.end());
+    if (kept_bytes() > kSmallBytes) {
+      free_.erase(
+          std::remove_if(free_.begin(), free_.end(), [&](const Kept& kept) { return calls_ - kept.used > kIdleCalls; }),
+          free_.end());
+    }
     // Sorted by size: the smallest that is large enough, unless most of it would lie idle; or a new one in place of the
     // largest that is too small.
     const auto fit =
@@ -111,8 +115,7 @@ class WorkspacePool {
   void release(torch::stable::Tensor tensor) {
     if (tensor.numel() > kRetainedBytes) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    int64_t kept = tensor.numel();
-    for (const Kept& other : free_) kept += other.tensor.numel();
+    int64_t kept = tensor.numel() + kept_bytes();
     while (kept > kRetainedBytes) {
       const auto oldest =
           std::min_element(free_.begin(), free_.end(), [](const Kept& a, const Kept& b) { return a.used < b.used; });
@@ -127,8 +130,7 @@ class WorkspacePool {
   // Frees what is kept and says how much it was.
   int64_t clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    int64_t bytes = 0;
-    for (const Kept& kept : free_) bytes += kept.tensor.numel();
+    const int64_t bytes = kept_bytes();
     free_.clear();
     return bytes;
   }
@@ -139,6 +141,12 @@ class WorkspacePool {
     int64_t used;  // the call before it was released
   };
 
+  int64_t kept_bytes() const {
+    int64_t bytes = 0;
+    for (const Kept& kept : free_) bytes += kept.tensor.numel();
+    return bytes;
+  }
+
   std::mutex mutex_;
   std::vector<Kept> free_;
   int64_t calls_ = 0;
@@ -148,7 +156,7 @@ class WorkspacePool {
 class Workspace {
  public:
   static constexpr int64_t kMostSpare = 4;
-  static constexpr int64_t kSmallBytes = int64_t{1} << 20;
+  static constexpr int64_t kSmallBytes = int64_t{4} << 20;
 
   Workspace(int64_t bytes, const torch::stable::Tensor& like)
       : tensor_(WorkspacePool::instance().acquire(bytes, std::max(kMostSpare * bytes, kSmallBytes), like.device())) {}

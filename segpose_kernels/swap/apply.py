@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backends import BACKENDS, LIBRARY
 from ..pooling import MaxPool2x2, is_pool2x2
+from .chains import ChainForward, holds_chain
 from .eligible import JOURNAL, why_not_plain
 from .filters import FilterCache
 from .find import Analysis, ConvPlan, Pair, analyse
@@ -54,6 +55,10 @@ def optimize(
     held in an attribute, or a function called in `forward`) moves into the convolution; a
     convolution followed by anything else gets its bias fused. What may change results is left
     alone, and the report says why. Calling it again with the same arguments changes nothing.
+
+    While gradients are needed on CPU, convolutions of an nn.Sequential that follow each other, with
+    or without activations, are one node of the autograd graph, which calls the same kernels with
+    less in between; hooks on one of them, autocast or a transform put them back to single calls.
 
     The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and
     `torch.compile` work afterwards. Call `restore` before changing the model's structure, before
@@ -126,6 +131,8 @@ def optimize(
     try:
         _apply(analysis, forwards, journal, backend, filters)
         _choose_format(analysis, journal, options["memory_format"])
+        if mode == "train" and not isinstance(model, nn.DataParallel):
+            _chain(inner, journal, backend)
         if filters is not None:
             install(journal, filters, wrapped=isinstance(model, nn.DataParallel))
         journal.report.rows = report_rows(analysis, refusals, backend)
@@ -272,6 +279,15 @@ def _apply(
                 pool = MaxPool2x2()
                 pool.training = module.training
                 _replace_everywhere(analysis, module, pool, journal)
+
+
+def _chain(model: nn.Module, journal: Journal, backend: str) -> None:
+    """Convolutions of a Sequential that follow each other become one node of the graph on CPU."""
+    if backend not in ("auto", "cpu") or not LIBRARY.has_kernels_for("CPU"):
+        return
+    for module in model.modules():
+        if holds_chain(module):
+            journal.set_forward(module, ChainForward(module))
 
 
 def _absorbing(analysis: Analysis) -> dict[Key, list[ConvPlan]]:

@@ -266,7 +266,7 @@ def run_prepared(form: Form, input: Tensor, output: Tensor) -> None:
     torch.ops.segpose.run_prepared(form.handle, input, output)
 
 
-def is_plain_inference() -> bool:
+def is_unwatched() -> bool:
     """Whether nothing watches or transforms what runs now."""
     return not (
         torch.compiler.is_compiling()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..settings import keep_workspace
 from .blueprint import Blueprint
 from .eligible import FUSED_TYPES
-from .filters import FilterCache, is_plain_inference
+from .filters import FilterCache, is_unwatched
 from .find import has_forward
 from .flatten import Guards, flatten
 from .forward import OwnForward
@@ -161,7 +161,7 @@ class InferenceForward(OwnForward):
         return contiguous_outputs(self.owner, args, kwargs, output) if self.outermost else output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.owner.training or not is_plain_inference():
+        if self.owner.training or not is_unwatched():
             return self.plain(*args, **kwargs)
         try:
             program = self.build()

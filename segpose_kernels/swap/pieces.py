@@ -20,7 +20,7 @@ from .filters import (
     can_prepare,
     fingerprint,
     geometry_of,
-    is_plain_inference,
+    is_unwatched,
     needs_no_gradient,
     run_prepared,
     slope_of,
@@ -210,7 +210,7 @@ def run_convolution(
     """A fused module's computation, with an activation of the caller's choice."""
     weight, bias = tensors_of(conv)
     filters = vars(conv).get("filters")
-    if filters is not None and is_plain_inference():
+    if filters is not None and is_unwatched():
         output = _run_with_prepared_filter(
             filters, conv, weight, bias, input, output_size, activation, negative_slope
         )

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Convolutions of an nn.Sequential that follow each other run as one node of the autograd graph.
+
+In training mode `optimize` sets a forward on each Sequential that holds such runs. It takes the
+short way only where the modules' own forwards would do the same: plain tensors on the CPU kernels,
+no hooks, no autocast, no transform, nothing that watches. Everything else runs module by module,
+and so do bad arguments, which the operators then name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, fastest
+from ..chain import Chain, native_layer
+from .eligible import DTYPES, FUSED_TYPES, Fused, has_call_hooks, why_not_plain
+from .filters import is_unwatched, slope_of
+from .forward import OwnForward
+from .pieces import AbsorbedActivation
+
+# A chain keeps all its values until its backward is done; beyond this they would be missed, and the
+# way through Python would not.
+MOST_BYTES = 64 << 20
+# Input shapes that are remembered.
+_MOST_SHAPES = 256
+
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+def _attributes(conv: Fused) -> tuple[Any, ...]:
+    """What a layer of a chain holds of its module, and what decides who runs it."""
+    return (
+        conv.stride,
+        conv.padding,
+        conv.output_padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+        conv.activation,
+        conv.negative_slope,
+        conv.backend,
+    )
+
+
+def _can_join(module: nn.Module) -> bool:
+    """Whether a fused convolution computes what a layer of a chain does."""
+    return (
+        isinstance(module, FUSED_TYPES)
+        and type(module) in FUSED_TYPES
+        and not why_not_plain(module)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and module.backend in ("auto", "cpu")
+        and _is_fusible(slope_of(module.activation, module.negative_slope))
+    )
+
+
+def _is_fusible(slope: float | None) -> bool:
+    return isinstance(slope, (float, int)) and math.isfinite(slope)
+
+
+class _Run:
+    """Modules of a Sequential, convolutions and what was absorbed in them, as one chain."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        self.convs: list[Fused] = [m for m in modules if type(m) in FUSED_TYPES]  # type: ignore[misc]
+        self.attributes = [_attributes(conv) for conv in self.convs]
+        self.has_bias = [conv.bias is not None for conv in self.convs]
+        self.chain = Chain(
+            [
+                native_layer(isinstance(c, nn.ConvTranspose2d), _params(c), b)
+                for c, b in zip(self.convs, self.has_bias, strict=True)
+            ]
+        )
+        # By shape and dtype of the input: whether the chain may run.
+        self.seen: dict[tuple[torch.Size, torch.dtype], bool] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parameters = self._parameters(x)
+        if parameters is None:
+            return self._one_by_one(x)
+        key = x.shape, x.dtype
+        runs = self.seen.get(key)
+        if runs is None:
+            if len(self.seen) >= _MOST_SHAPES:
+                self.seen.clear()
+            runs = self.seen[key] = self._can_run(x)
+        return self.chain(x, parameters) if runs else self._one_by_one(x)
+
+    def _parameters(self, x: Tensor) -> list[Tensor] | None:
+        """Those of the chain, None where it may not run."""
+        if x.__class__ is not Tensor:
+            return None
+        dtype = x.dtype
+        if not x.is_cpu or x.dim() != 4 or dtype not in DTYPES:
+            return None
+        for module in self.modules:
+            if has_call_hooks(module) or "forward" in module.__dict__:
+                return None
+        parameters: list[Tensor] = []
+        for conv, attributes, has_bias in zip(
+            self.convs, self.attributes, self.has_bias, strict=True
+        ):
+            if conv.__class__ not in FUSED_TYPES or _attributes(conv) != attributes:
+                return None
+            own = conv._parameters  # past nn.Module's search for an attribute
+            weight, bias = own["weight"], own["bias"]
+            if (bias is not None) != has_bias:
+                return None
+            for parameter in (weight, bias) if bias is not None else (weight,):
+                if (
+                    parameter.__class__ is not nn.Parameter
+                    or parameter.dtype is not dtype
+                    or not parameter.is_cpu
+                ):
+                    return None
+                parameters.append(parameter)
+        return parameters if torch._C._any_requires_grad(x, *parameters) else None
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+    def _can_run(self, x: Tensor) -> bool:
+        """Whether the operators take the shape, on these kernels and in little memory. They are
+        asked with an empty batch; what they reject, they reject again with the whole one.
+        """
+        if any(backends.select(conv.backend, "cpu", x.dtype) != "cpu" for conv in self.convs):
+            return False
+        size = 0
+        try:
+            with torch.no_grad():
+                y = x[:0]
+                for module in self.modules:
+                    y = module(y)
+                    size += x.shape[0] * y.shape[1:].numel() * y.element_size()
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        return size <= MOST_BYTES
+
+
+def _params(conv: Fused) -> tuple[Any, ...]:
+    """The operator's arguments after the tensors."""
+    slope = slope_of(conv.activation, conv.negative_slope)
+    if isinstance(conv, nn.ConvTranspose2d):
+        return conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation, slope
+    return conv.stride, conv.padding, conv.dilation, conv.groups, slope
+
+
+def _segments(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The modules in order, what can run as a chain together."""
+    run: list[nn.Module] = []
+    for module in modules:
+        joins = _can_join(module) or (
+            run and type(module) is AbsorbedActivation and not why_not_plain(module)
+        )
+        if joins:
+            run.append(module)
+            continue
+        if run:
+            yield run
+        run = []
+        yield [module]
+    if run:
+        yield run
+
+
+def _is_chain(segment: Sequence[nn.Module]) -> bool:
+    return sum(type(module) in FUSED_TYPES for module in segment) > 1
+
+
+class ChainForward(OwnForward):
+    """Set as `forward` on a Sequential. Copies and pickles find their runs at the first call."""
+
+    def __init__(self, owner: nn.Sequential) -> None:
+        self.owner = owner
+        self.modules: tuple[nn.Module | None, ...] = ()
+        self.calls: list[Callable[[Tensor], Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "modules": (), "calls": []}
+
+    def _find_runs(self) -> None:
+        modules: list[Any] = list(self.owner._modules.values())
+        self.calls = [
+            call
+            for segment in _segments(modules)
+            for call in ([_Run(segment)] if _is_chain(segment) else segment)
+        ]
+        self.modules = tuple(modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if (
+            not is_unwatched()
+            or not torch.is_grad_enabled()
+            or kwargs
+            or len(args) != 1
+            or fastest.enabled
+            or _has_any_global_hook()
+        ):
+            return type(owner).forward(owner, *args, **kwargs)
+        (input,) = args
+        if self.modules != tuple(owner._modules.values()):
+            self._find_runs()
+        for call in self.calls:
+            input = call(input)
+        return input
+
+
+def holds_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether the module is a Sequential with convolutions that can run as a chain."""
+    return (
+        isinstance(module, nn.Sequential)
+        and module.__class__.forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+        and any(_is_chain(segment) for segment in _segments(list(module)))
+    )
