@@ -70,8 +70,9 @@ struct SplitUkernels {
   SplitShape wide;    // 2 x 2
   SplitShape flat;    // 1 x 2, a last row tile
   SplitShape narrow;  // 4 x 1, a last column tile
-  SplitShape broad;   // 2 x 3, likewise for columns that share cache lines
-  void (*begin)();    // before and after gemm calls on a thread
+  SplitShape slim;   // 3 x 1, likewise with several terms: rows stay for all products of a term, which halves the loads
+  SplitShape broad;  // 2 x 3, likewise for columns that share cache lines
+  void (*begin)();   // before and after gemm calls on a thread
   void (*end)();
   // `pixels` rows of `channels` values, `step` elements apart, to rows of `unit` bfloat16 that follow each other, zeros
   // after the channels. Terms lie `term_step` bytes apart.
