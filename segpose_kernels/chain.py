@@ -125,7 +125,9 @@ class _FusedChain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, chain: Chain, *parameters: Tensor) -> Tensor:
         with _below_autograd():
             outputs: list[Tensor] = chain.forward(x, parameters, chain.code, chain.slopes)
-        ctx.save_for_backward(x, *parameters, *outputs)
+        # Without an activation nobody needs the last output, which the caller may change in place.
+        last = None if chain.slopes[-1] == 1 else outputs[-1]
+        ctx.save_for_backward(x, *parameters, *outputs[:-1], last)
         ctx.set_materialize_grads(False)
         ctx.chain = chain
         return outputs[-1]
@@ -137,18 +139,19 @@ class _FusedChain(torch.autograd.Function):
         chain: Chain = ctx.chain
         saved = ctx.saved_tensors
         end = len(saved) - len(chain.layers)
-        x, parameters, outputs = saved[0], saved[1:end], saved[end:]
+        x, parameters, outputs = saved[0], saved[1:end], saved[end:-1]
+        last = grad if saved[-1] is None else saved[-1]  # any tensor where it is not read
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             values = chain.values(x, parameters)
             grads = chain.layered_backward(grad, values, parameters, needs)
         elif transforms_active() or _is_batched(grad):
-            grads = chain.layered_backward(grad, [x, *outputs], parameters, needs)
+            grads = chain.layered_backward(grad, [x, *outputs, last], parameters, needs)
         else:
             with _below_autograd():
                 grads = chain.backward(
-                    grad, (x, *outputs), parameters, chain.code, chain.slopes, needs
+                    grad, (x, *outputs, last), parameters, chain.code, chain.slopes, needs
                 )
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return grads[0], None, *grads[1:]

@@ -170,6 +170,19 @@ def test_a_changed_weight_is_noticed() -> None:
         y.sum().backward()
 
 
+def test_a_result_without_activation_may_be_changed_in_place() -> None:
+    model = chained(layers()[:-1])
+    x = torch.randn(2, 3, 8, 8)
+    first, second = (results(m, x, chain=m is model) for m in (model, one_by_one(model)))
+    assert_equal(first, second)
+    model.zero_grad()
+    y = model(x)
+    (y.mul_(2) * torch.linspace(-0.5, 1, y.numel()).view(y.shape)).sum().backward()
+    for name, p in model.named_parameters():
+        assert first[name] is not None
+        torch.testing.assert_close(p.grad, first[name])
+
+
 def test_saved_tensors_can_be_packed() -> None:
     model = chained()
     x = torch.randn(2, 3, 8, 8)

@@ -2,7 +2,7 @@
 // The backward of a layer with a small filter, a few images at a time: the masked gradient of a block, its input
 // gradient and its share of the filter's gradient follow each other on one thread and in its L2 cache. Whole passes
 // bring the gradient in again for each, and threads wait for each other after each: the backward of SegNet's last layer
-// on 64 images took 0.8 ms in passes and 0.5 in blocks (two threads).
+// on 64 images took 0.82 ms in passes and 0.71 in blocks (two threads).
 #pragma once
 
 #include <memory>

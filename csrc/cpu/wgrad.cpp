@@ -305,7 +305,9 @@ int64_t wgrad_scratch(const Plan& plan) {
     const Scratch<T> scratch(plan, arena);
   }
   // Afterwards a filter on its way to the destination.
-  return std::max<int64_t>(arena.used(), plan.problem.taps() * plan.problem.c_per_group() * sizeof(T));
+  Arena afterwards(nullptr);
+  afterwards.take<T>(plan.problem.taps() * plan.problem.c_per_group());
+  return std::max(arena.used(), afterwards.used());
 }
 
 template <class T>
