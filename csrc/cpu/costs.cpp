@@ -258,8 +258,7 @@ double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns
   const double filters = static_cast<double>(problem.k);
   const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
   const double narrow = (filter_lanes ? problem.k : run) <= widths.width[0] ? kNarrowWgrad : 1;
-  const double splits =
-      static_cast<double>(rows_wgrad_splits(problem, rows, static_cast<int64_t>(columns * filters)));
+  const double splits = static_cast<double>(rows_wgrad_splits(problem, rows, static_cast<int64_t>(columns * filters)));
   return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
          pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
          tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
