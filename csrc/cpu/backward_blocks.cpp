@@ -204,7 +204,7 @@ int64_t block_images(const LayerBackward& layer) {
   return ceil_div(problem.n, ceil_div(problem.n, std::max<int64_t>(most, 1)));
 }
 
-bool run_in_blocks(const BlockPlans& plans) {
+bool can_run_in_blocks(const BlockPlans& plans) {
   return (plans.input == nullptr || !plans.input->transforms()) &&
          (plans.weight == nullptr || !plans.weight->packs_source());
 }

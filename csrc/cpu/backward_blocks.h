@@ -34,7 +34,7 @@ struct BlockPlans {
 // Images of a block, 0 where whole passes are better.
 int64_t block_images(const LayerBackward& layer);
 // Whether these passes read their operands as the blocks lay them out.
-bool run_in_blocks(const BlockPlans& plans);
+bool can_run_in_blocks(const BlockPlans& plans);
 
 // `plans` are those of `images` images, `last` those of what is left after whole blocks (the same, if nothing is).
 struct BlockwiseBackward {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Layers of a chain, each reading what the one before it wrote, in one call: Python and the dispatcher, whose code is
-// out of the caches by the next layer, took 100 to 170 us of every call in a training step of SegNet.
+// Layers of a chain, each reading what the one before it wrote, in one call. Values push the code of Python and of the
+// dispatcher out of the caches: they took 166 of 383 us of a backward of SegNet's last layer that only sums the bias.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>

@@ -173,7 +173,7 @@ bool backward_in_blocks(const LayerBackward& layer, const Tensor& weight, Precis
   const int64_t rest = layer.problem.n % images;
   BlockwiseBackward backward{&layer, images, plans_of(layer, images, weight, precision), {}};
   backward.last = rest == 0 ? backward.plans : plans_of(layer, rest, weight, precision);
-  if (!run_in_blocks(backward.plans) || !run_in_blocks(backward.last)) return false;
+  if (!can_run_in_blocks(backward.plans) || !can_run_in_blocks(backward.last)) return false;
   const Executor executor = torch_executor();
   const Workspace workspace(blockwise_workspace(backward, executor.workers), weight);
   run_blockwise_backward(backward, workspace.data(), executor);

@@ -69,7 +69,7 @@ class _Run:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
-        self.convs: list[Fused] = [m for m in modules if type(m) in FUSED_TYPES]  # type: ignore[misc]
+        self.convs: list[Fused] = [m for m in modules if isinstance(m, FUSED_TYPES)]
         self.attributes = [_attributes(conv) for conv in self.convs]
         self.has_bias = [conv.bias is not None for conv in self.convs]
         self.chain = Chain(
