@@ -28,11 +28,7 @@ void pool_tile(const float* tile, int64_t step, int64_t m, int64_t columns, floa
         const Simd<float>::Vector above = larger(load<float>(low + column), load<float>(low + step + column));
         const Simd<float>::Vector first = larger(above, load<float>(high + column));
         const Simd<float>::Vector most = larger(first, load<float>(high + step + column));
-        if (columns - column >= kLength) {
-          store<float>(pixel + column, most);
-        } else {
-          store_columns<float>(pixel + column, most, columns - column);
-        }
+        store_columns<float>(pixel + column, most, columns - column);
       }
     }
   }
@@ -44,20 +40,13 @@ template <int Count>
 SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<float>::Vector& bias,
                                  Activation activation, float negative_slope, int64_t valid, int64_t column,
                                  float* const* out, float* const* next, int64_t count = Count) {
-  constexpr int kLength = Simd<float>::kLength;
   const int64_t end = Count > 0 ? Count : count;
   SEGPOSE_UNROLL
   for (int64_t i = 0; i < end; ++i) {
     prefetch_result(next[i], column);
     if (out[i] == nullptr) continue;
     const Simd<float>::Vector value = activate<float>(pixels[i] + bias, activation, negative_slope);
-    if (valid >= kLength) {
-      store<float>(out[i] + column, value);
-    } else {
-      float lanes[kLength];
-      store<float>(lanes, value);
-      for (int64_t lane = 0; lane < valid; ++lane) out[i][column + lane] = lanes[lane];
-    }
+    store_columns<float>(out[i] + column, value, valid);
   }
 }
 

@@ -29,13 +29,21 @@ SEGPOSE_INLINE void store(T* destination, const typename Simd<T>::Vector& value)
 // The first `count` values of a vector, in pieces of fixed size: a memcpy of run-time size would be a call.
 template <class T>
 SEGPOSE_INLINE void store_columns(T* destination, const typename Simd<T>::Vector& value, int64_t count) {
-#ifdef SEGPOSE_MASKED_STORE
-  SEGPOSE_MASKED_STORE(destination, value, count);
+  if (count >= Simd<T>::kLength) {
+    store<T>(destination, value);
+    return;
+  }
+#ifdef SEGPOSE_PARTIAL_STORE
+  SEGPOSE_PARTIAL_STORE(destination, value, count);
 #else
-  T values[Simd<T>::kLength < 16 ? 16 : Simd<T>::kLength];
+  T values[16];
   store<T>(values, value);
   const T* source = values;
-  for (; count >= 8; count -= 8, source += 8, destination += 8) __builtin_memcpy(destination, source, 8 * sizeof(T));
+  if (count & 8) {
+    __builtin_memcpy(destination, source, 8 * sizeof(T));
+    source += 8;
+    destination += 8;
+  }
   if (count & 4) {
     __builtin_memcpy(destination, source, 4 * sizeof(T));
     source += 4;

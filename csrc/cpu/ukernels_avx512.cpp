@@ -12,10 +12,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace segpose::avx512 {
 
-inline void masked_store(float* destination, __m512 value, int64_t count) {
+inline void partial_store(float* destination, __m512 value, int64_t count) {
   _mm512_mask_storeu_ps(destination, static_cast<__mmask16>((1u << count) - 1), value);
 }
-inline void masked_store(double* destination, __m512d value, int64_t count) {
+inline void partial_store(double* destination, __m512d value, int64_t count) {
   _mm512_mask_storeu_pd(destination, static_cast<__mmask8>((1u << count) - 1), value);
 }
 inline __m512 masked_load(const float* source, int64_t count) {
@@ -24,7 +24,7 @@ inline __m512 masked_load(const float* source, int64_t count) {
 inline __m512d masked_load(const double* source, int64_t count) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), source);
 }
-#define SEGPOSE_MASKED_STORE masked_store
+#define SEGPOSE_PARTIAL_STORE partial_store
 #define SEGPOSE_MASKED_LOAD masked_load
 
 // clang-format off: each text uses those before it
