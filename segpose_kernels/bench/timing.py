@@ -27,10 +27,12 @@ __all__ = ["Clock", "CpuClock", "Effort", "Samples", "clock_for", "take_turns"]
 
 Call = Callable[[], object]
 
-# Below this share of a core the process counts as idle.
+# Below this share of a core the process counts as idle. Threads on another core may be charged by the
+# kernel's ticks of up to 10 ms: a shorter look can miss one that spins.
 _IDLE_SHARE = 0.1
-_IDLE_STEP = 0.002
-_LONGEST_PAUSE = 0.06
+_IDLE_STEP = 0.012
+# onnxruntime's threads spin a fixed number of times, 62 ms on one machine (Zen 3), less on others.
+_LONGEST_PAUSE = 0.25
 
 # Rounds that everyone takes part in; then those this many times slower than the fastest drop out,
 # unless their calls are so short that it does not matter.
@@ -101,7 +103,7 @@ class CpuClock:
         self._other = torch.zeros(evict // 4) if evict else None
 
     def settle(self) -> None:
-        """Sleep until the threads of this process have stopped spinning, 60 ms at most."""
+        """Sleep until the threads of this process have stopped spinning, 250 ms at most."""
         end = time.perf_counter() + _LONGEST_PAUSE
         while time.perf_counter() < end:
             before = time.process_time()
