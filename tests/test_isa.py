@@ -18,6 +18,7 @@ COMPACT = (
     "test_activation.py",
     "test_few_columns.py",
     "test_backward_blocks.py",
+    "test_packed_wgrad.py",
 )
 KNOWN = ("generic", "avx2", "avx512", "amx")
 

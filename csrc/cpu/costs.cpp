@@ -19,6 +19,9 @@ constexpr double kNarrowWgrad = 1.8;
 constexpr int64_t kMostSplits = 24;
 constexpr int64_t kPartialValues = 1 << 20;
 constexpr int64_t kSplitPixels = 1 << 10;
+// Cycles of a sum of a wgrad over bands of rows that every band reads and writes beyond L2: 16 bands of 2 M sums took
+// 42 ms where igemm takes 12 (Zen 3, two threads).
+constexpr double kSumCycles = 5;
 // Cycles of a value that comes from memory.
 constexpr double kMemoryCycles = 0.25;
 constexpr double kCacheValues = 256 << 10;
@@ -258,11 +261,12 @@ double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns
   const double filters = static_cast<double>(problem.k);
   const double tasks = static_cast<double>(ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows));
   const double narrow = (filter_lanes ? problem.k : run) <= widths.width[0] ? kNarrowWgrad : 1;
-  const double splits = static_cast<double>(rows_wgrad_splits(problem, rows, static_cast<int64_t>(columns * filters)));
+  const double sums = columns * filters;
+  const double splits = static_cast<double>(rows_wgrad_splits(problem, rows, static_cast<int64_t>(sums)));
   return pixels * columns * filters * multiply_add_cycles(plan.isa) * narrow +
          pixels / static_cast<double>(problem.q) * units * std::ceil(filters / 6) * kSegmentCycles +
-         tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles +
-         splits * columns * filters * kStageCycles;
+         tasks * static_cast<double>(staged_values(rows, problem.c)) * kStageCycles + splits * sums * kStageCycles +
+         (sums > kCacheValues ? tasks * sums * kSumCycles : 0);
 }
 
 }  // namespace segpose

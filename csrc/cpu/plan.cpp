@@ -26,6 +26,13 @@ constexpr int64_t kPanelBytes = 512 << 10;
 constexpr int64_t kMinTasks = 16;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
+// A wgrad reads copies of its pixels where they lie so far apart and so many filters and channels share the copies:
+// what a tile reads of a block of pixels, all panels at a time, and the filters that share them.
+constexpr int64_t kSpreadBytes = 512;
+constexpr int64_t kSharedColumns = 64;
+constexpr int64_t kPackedTileBytes = 36 << 10;
+constexpr int64_t kPackedPanelBytes = 128 << 10;
+constexpr int64_t kPackedFilters = 256;
 constexpr int64_t kWgradPartialBytes = 32 << 20;
 // Products of one sum over bands of rows, which is not cut into chunks: longer ones would round more than torch's.
 constexpr int64_t kRowsSteps = 2048;
@@ -253,6 +260,18 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   const int64_t pixels = problem.n * problem.p * problem.q;
   plan.block_m = std::clamp<int64_t>(pixels, 1, kWgradPixels);
   plan.k_block = std::min(problem.k_per_group(), gathered ? problem.k_per_group() : kWgradFilters);
+  plan.packs_pixels = plan.algorithm == Algorithm::igemm &&
+                      std::min(problem.c_per_group(), problem.k_per_group()) >= kSharedColumns &&
+                      std::max(problem.c, problem.k) * element >= kSpreadBytes;
+  if (plan.packs_pixels) {
+    constexpr int64_t kMostTileFilters = 8;
+    const int64_t nr = plan.panels.front().nr;
+    const int64_t most = kPackedTileBytes / ((nr + kMostTileFilters) * element) / kRowMultiple * kRowMultiple;
+    plan.block_m = std::min(plan.block_m, most);
+    plan.k_block = std::min(problem.k_per_group(), kPackedFilters);
+    plan.panels_per_task = std::clamp<int64_t>(kPackedPanelBytes / (plan.block_m * nr * element), 1,
+                                               static_cast<int64_t>(plan.panels.size()));
+  }
   const int64_t units = gathered ? 1 : problem.taps();
   const int64_t tasks = plan.gemm_groups() * ceil_div(problem.k_per_group(), plan.k_block) * units;
   const int64_t partial = plan.gemm_groups() * problem.k_per_group() * units * plan.padded_columns() * element;
@@ -419,7 +438,7 @@ std::string Plan::str() const {
   }
   out << " block_m=" << block_m << " k_chunk=" << k_chunk;
   if (pass == Pass::wgrad) {
-    out << " k_block=" << k_block << " splits=" << splits;
+    out << " k_block=" << k_block << " splits=" << splits << (packs_pixels ? " packed" : "");
   } else {
     out << " panels_per_task=" << panels_per_task;
   }

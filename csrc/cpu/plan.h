@@ -54,6 +54,7 @@ struct Plan {
   bool phases_together;       // fprop and dgrad: the phases of a block run one after the other
   int64_t k_block;            // wgrad: filters a task owns
   int64_t splits;             // wgrad: pieces of the pixel reduction, added in order
+  bool packs_pixels = false;  // wgrad by igemm: tiles read copies of the pixels
   bool filter_lanes = false;  // wgrad in rows: vectors hold filters, columns are broadcast
   TransformPlan transform;    // winograd and fourier, whose block_m counts tiles
   RowsPlan rows;

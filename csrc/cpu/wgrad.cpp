@@ -8,6 +8,7 @@
 #include "packing.h"
 #include "row_table.h"
 #include "rows_stage.h"
+#include "wgrad_pack.h"
 
 namespace segpose {
 namespace {
@@ -96,11 +97,12 @@ template <class T>
 struct Scratch {
   Segment<T>* segments;  // [block_m]
   T* gathered;           // [block_m][padded columns]: all taps of a pixel side by side
+  PackedPixels<T> packed;
 
-  Scratch(const Plan& plan, Arena& arena) {
-    segments = arena.take<Segment<T>>(plan.block_m);
-    gathered = is_gathered(plan) ? arena.take<T>(plan.block_m * plan.padded_columns()) : nullptr;
-  }
+  Scratch(const Plan& plan, Arena& arena)
+      : segments(arena.take<Segment<T>>(plan.block_m)),
+        gathered(is_gathered(plan) ? arena.take<T>(plan.block_m * plan.padded_columns()) : nullptr),
+        packed(plan, arena) {}
 };
 
 template <class T>
@@ -127,15 +129,30 @@ void accumulate_tiles(const Plan& plan, const Ukernels<T>& kernels, WgradArgs<T>
   args.out_step = padded;
   for (const Panel& panel : plan.panels) {
     args.x_offset = x_base + panel.column;
-    int64_t filter = 0;
-    for (int i = 0; i < kernels.wgrad_tiles; ++i) {
-      const WgradTile<T>& tile = kernels.wgrad[i];
-      if (tile.nr != panel.nr) continue;
-      for (; filter + tile.mr <= filters; filter += tile.mr) {
-        args.g_offset = g_base + filter;
-        args.out = out + filter * padded + panel.column;
-        tile.run(args);
-      }
+    for_each_tile(kernels, panel.nr, filters, [&](const WgradTile<T>& tile, int64_t filter) {
+      args.g_offset = g_base + filter;
+      args.out = out + filter * padded + panel.column;
+      tile.run(args);
+    });
+  }
+}
+
+// The same from copies of the pixels.
+template <class T>
+void accumulate_packed(const Plan& plan, const Ukernels<T>& kernels, const WgradArgs<T>& block, int64_t g_base,
+                       int64_t x_base, int64_t filters, T* out, int64_t padded, PackedPixels<T>& packed) {
+  const auto panels = static_cast<int64_t>(plan.panels.size());
+  int64_t packed_for = 0;
+  for (int64_t first = 0; first < panels; first += plan.panels_per_task) {
+    const int64_t end = std::min(first + plan.panels_per_task, panels);
+    packed.load_columns(plan, block, x_base, first, end);
+    for (int64_t p = first; p < end; ++p) {
+      const Panel& panel = plan.panels[static_cast<size_t>(p)];
+      if (panel.nr != packed_for) packed.load_filters(kernels, panel.nr, block, g_base, filters);
+      packed_for = panel.nr;
+      for_each_tile(kernels, panel.nr, filters, [&](const WgradTile<T>& tile, int64_t filter) {
+        packed.run(tile, p - first, filter, out + filter * padded + panel.column, padded);
+      });
     }
   }
 }
@@ -241,6 +258,9 @@ void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t
     if (plan.algorithm == Algorithm::depthwise) {
       args.out = out;
       kernels.depthwise_wgrad(args, problem.groups);
+    } else if (plan.packs_pixels) {
+      accumulate_packed(plan, kernels, args, group * problem.k_per_group() + first, group * problem.c_per_group(),
+                        count, out, layout.padded, scratch.packed);
     } else {
       accumulate_tiles(plan, kernels, args, group * problem.k_per_group() + first, group * problem.c_per_group(), count,
                        out, layout.padded);

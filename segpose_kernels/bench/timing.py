@@ -27,8 +27,8 @@ __all__ = ["Clock", "CpuClock", "Effort", "Samples", "clock_for", "take_turns"]
 
 Call = Callable[[], object]
 
-# Below this share of a core the process counts as idle. Threads on another core may be charged by the
-# kernel's ticks of up to 10 ms: a shorter look can miss one that spins.
+# Below this share of a core the process counts as idle. Threads on another core may be charged by
+# the kernel's ticks of up to 10 ms: a shorter look can miss one that spins.
 _IDLE_SHARE = 0.1
 _IDLE_STEP = 0.012
 # onnxruntime's threads spin a fixed number of times, 62 ms on one machine (Zen 3), less on others.
