@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../common/integers.h"
+#include "line_tiles.h"
 
 namespace segpose {
 namespace {
@@ -96,18 +97,14 @@ double multiply_add_cycles(Isa isa) {
   return 1.15 / (2 * lanes);
 }
 
-// Steps of a line of tiles: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
+// Cycles of a step of a line of tiles.
 template <class T>
-double line_cycles(Isa isa, int64_t pixels, int64_t width) {
-  const Ukernels<T>& table = ukernels<T>(isa);
+double line_cycles(const LineTiles<T>& tiles, int64_t pixels, double vectors) {
   double cycles = 0;
-  for (int i = 0; i < table.rows_tiles; ++i) {
-    const RowsTile<T>& tile = table.rows[i];
-    if (tile.nr != width) continue;
-    const double vectors = static_cast<double>(tile.nr / table.vector_length);
-    const double step = std::max({0.5 * tile.mr * vectors, 0.5 * (tile.mr + vectors), 4.0});
-    cycles += static_cast<double>(pixels / tile.mr) * step;
-    pixels %= tile.mr;
+  while (pixels > 0) {
+    const int64_t rows = tiles.first(pixels).mr;
+    cycles += tiles.step_cycles(rows, vectors);
+    pixels -= rows;
   }
   return cycles;
 }
@@ -128,6 +125,7 @@ double dots_cycles(Isa isa, int64_t pixels, int64_t width, int64_t runs, int64_t
 
 template <class T>
 double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
+  const PanelTiles<T> tiles(ukernels<T>(plan.isa));
   double cycles = 0;
   double most_rows = 1;
   for (const Phase& phase : plan.phases) {
@@ -138,12 +136,13 @@ double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<
     const double steps = static_cast<double>(static_cast<int64_t>(phase.taps.size()) * plan.depth());
     const PhaseRuns merged = merge_taps(phase, plan.problem.groups == 1);
     for (const Panel& panel : panels) {
+      const auto vectors = static_cast<double>(panel.nr / ukernels<T>(plan.isa).vector_length);
       const bool waits = panel.nr <= ukernels<T>(plan.isa).vector_length &&
                          steps * static_cast<double>(panel.nr) * sizeof(T) > kRowsFilterBytes;
       const double line = panel.dots
                               ? dots_cycles<T>(plan.isa, pixels, panel.nr, static_cast<int64_t>(merged.runs.size()),
                                                merged.taps * plan.depth())
-                              : steps * line_cycles<T>(plan.isa, pixels, panel.nr) * (waits ? kNarrowRows : 1);
+                              : steps * line_cycles(tiles.of(panel.nr), pixels, vectors) * (waits ? kNarrowRows : 1);
       cycles += lines * (kLineCycles + 1.1 * line);
     }
   }

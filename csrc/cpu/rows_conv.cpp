@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common/integers.h"
+#include "line_tiles.h"
 #include "rows_stage.h"
 
 namespace segpose {
@@ -49,9 +50,13 @@ struct RunOffsets {
 template <class T>
 class PanelRows {
  public:
-  PanelRows(const RowsLaunch<T>& launch, const RunOffsets& runs, Scratch<T>& scratch, size_t phase, const Panel& panel,
-            int64_t group)
-      : launch_(launch), scratch_(scratch), phase_(launch.plan->phases[phase]), panel_(panel) {
+  PanelRows(const RowsLaunch<T>& launch, const RunOffsets& runs, const PanelTiles<T>& tiles, Scratch<T>& scratch,
+            size_t phase, const Panel& panel, int64_t group)
+      : launch_(launch),
+        tiles_(tiles.of(panel.nr)),
+        scratch_(scratch),
+        phase_(launch.plan->phases[phase]),
+        panel_(panel) {
     const Plan& plan = *launch.plan;
     source_channel_ = group * plan.depth();
     args_.runs = runs.offsets[phase].data();
@@ -111,11 +116,10 @@ class PanelRows {
       // The last one begins early rather than be lower: some pixels are computed twice.
       for (int64_t done = 0; done < pixels; done += tile->mr) run_tile(*tile, std::min(done, pixels - tile->mr));
     } else {
-      int64_t done = 0;
-      for (int i = 0; i < kernels.rows_tiles; ++i) {
-        const RowsTile<T>& tile = kernels.rows[i];
-        if (tile.nr != panel_.nr) continue;
-        for (; done + tile.mr <= pixels; done += tile.mr) run_tile(tile, done);
+      for (int64_t done = 0; done < pixels;) {
+        const RowsTile<T>& tile = tiles_.first(pixels - done);
+        run_tile(tile, done);
+        done += tile.mr;
       }
     }
     if (direct_) return;
@@ -124,6 +128,7 @@ class PanelRows {
   }
 
   const RowsLaunch<T>& launch_;
+  const LineTiles<T>& tiles_;
   Scratch<T>& scratch_;
   const Phase& phase_;
   const Panel& panel_;
@@ -134,7 +139,8 @@ class PanelRows {
 };
 
 template <class T>
-void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, int64_t image, int64_t row, Scratch<T>& scratch) {
+void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, const PanelTiles<T>& tiles, int64_t image,
+              int64_t row, Scratch<T>& scratch) {
   const Plan& plan = *launch.plan;
   const int64_t images = std::min(plan.rows.images, plan.problem.n - image);
   scratch.band.load(ukernels<T>(plan.isa), image, images, row);
@@ -142,7 +148,8 @@ void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, int64_t image
   for (int64_t group = 0; group < plan.problem.groups; ++group) {
     for (const Panel& panel : plan.panels) {
       phases.clear();
-      for (size_t p = 0; p < plan.phases.size(); ++p) phases.emplace_back(launch, runs, scratch, p, panel, group);
+      for (size_t p = 0; p < plan.phases.size(); ++p)
+        phases.emplace_back(launch, runs, tiles, scratch, p, panel, group);
       // The filter of all phases stays in L1, and with a few rows at a time the source does.
       const int64_t step = panel.dots ? 1 : plan.rows.rows;
       for (int64_t first = 0; first < plan.rows.rows; first += step) {
@@ -169,10 +176,11 @@ void launch_rows(const RowsLaunch<T>& launch, const Executor& executor) {
   const int64_t bands = ceil_div(most_rows, plan.rows.rows);
   const int64_t scratch_bytes = rows_scratch<T>(plan, launch.source);
   const RunOffsets runs(plan, launch.source.view.c);
+  const PanelTiles<T> tiles(ukernels<T>(plan.isa));
   for_each_task(executor, ceil_div(plan.problem.n, plan.rows.images) * bands, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, launch.source, arena);
-    run_task(launch, runs, task / bands * plan.rows.images, task % bands * plan.rows.rows, scratch);
+    run_task(launch, runs, tiles, task / bands * plan.rows.images, task % bands * plan.rows.rows, scratch);
   });
 }
 
