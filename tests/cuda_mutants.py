@@ -255,8 +255,9 @@ MUTANTS = (
     Mutant(
         "filter-taps-in-the-wrong-order",
         "cuda/pack.cuh",
-        "const int s = phase.s + static_cast<int>(tap_w) * p.s_step;",
-        "const int s = phase.s + (phase.taps > 1 ? 1 - static_cast<int>(tap_w) : 0) * p.s_step;",
+        "const int s = phase.s + static_cast<int>(tap_w) * p.filter.s_step;",
+        "const int s ="
+        " phase.s + (phase.taps > 1 ? 1 - static_cast<int>(tap_w) : 0) * p.filter.s_step;",
         ("transposed-k4s2",),
     ),
     Mutant(
@@ -355,8 +356,8 @@ MUTANTS = (
     Mutant(
         "direct-filter-columns",
         "cuda/direct.cuh",
-        "if (k < k_total && column < p.columns) {",
-        "if (k < k_total) {",
+        "< k_total && column < static_cast<uint32_t>(p.columns)) {",
+        "< k_total) {",
         ("direct-8",),
     ),
     Mutant(

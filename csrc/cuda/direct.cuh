@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fprop and dgrad for few channels: a thread owns some pixels and a few destination channels of a group, filters lie in
-// shared memory, every operand passes through once. Any channels, strides and groups.
+// fprop and dgrad for few channels: a thread owns some pixels and a few destination channels of a group, filters come
+// from where they are into shared memory, every operand passes through once. Any channels, strides and groups.
 #pragma once
 
+#include "filter.cuh"
 #include "gather_pixels.cuh"
 #include "tiles.h"
 
@@ -20,13 +21,18 @@ struct Direct {
 
   __device__ __forceinline__ void load_filters(const GatherParams& p, const GatherBlock& block,
                                                const PhaseParams& phase, int first, int k_total) {
-    const T* const filter = static_cast<const T*>(p.filter) + phase.filter_start;
     for (int i = threadIdx.x; i < kChunk * kColumns; i += kThreads) {
-      const int k = first + i % kChunk;
-      const int column = block.n_tile * kColumns + i / kChunk;
+      uint32_t channel = first + i % kChunk;
+      const uint32_t column = block.n_tile * kColumns + i / kChunk;
       Acc value = Acc(0);
-      if (k < k_total && column < p.columns) {
-        value = widen(filter[(int64_t{block.group} * p.columns + column) * phase.filter_pitch + k]);
+      if (static_cast<int>(channel) < k_total && column < static_cast<uint32_t>(p.columns)) {
+        const auto tap = static_cast<int>(p.depth_div.split(channel));
+        if (channel < static_cast<uint32_t>(p.unpacked.channels)) {
+          const int r = phase.r + tap / phase.taps_w * p.unpacked.r_step;
+          const int s = phase.s + tap % phase.taps_w * p.unpacked.s_step;
+          value =
+              widen(load_filter<T>(p.unpacked, block.group, block.group * p.columns + column, column, channel, r, s));
+        }
       }
       filters[i % kChunk][i / kChunk] = value;
     }
