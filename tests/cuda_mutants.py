@@ -349,8 +349,8 @@ MUTANTS = (
     Mutant(
         "direct-filters-without-barrier",
         "cuda/direct.cuh",
-        "            load_filters(p, block, phase, k, k_total);\n            __syncthreads();",
-        "            load_filters(p, block, phase, k, k_total);",
+        "        load_filters(p, block, phase, k, k_total);\n        __syncthreads();",
+        "        load_filters(p, block, phase, k, k_total);",
         ("direct-8-vector",),
     ),
     Mutant(

@@ -372,7 +372,7 @@ def _gpu_method() -> tuple[str, ...]:
     return (
         "All contenders of a case ran in one process and in turns, another one first in each "
         "round. Each call is timed by CUDA events behind kernels that overwrite the L2 cache: "
-        "launching costs nothing unless it takes longer than they do, 0.5 ms before a layer and "
+        "launching costs nothing unless it takes longer than they do, 0.3 ms before a layer and "
         "0.1 ms before a model. Models with small batches wait for their launches; a CUDA graph "
         "takes that away.",
         "float32 is TF32, torch's default for convolutions.",

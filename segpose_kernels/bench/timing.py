@@ -165,8 +165,8 @@ class CudaClock:
 
 
 def clock_for(device: str, *, evict: int = 0, hide_launches: bool = False) -> Clock:
-    """A clock; `hide_launches` is for a GPU's calls of some launches that end in 0.5 ms."""
-    return CudaClock(5 if hide_launches else 1) if device == "cuda" else CpuClock(evict)
+    """A clock; `hide_launches` is for a GPU's calls of a few launches, 0.2 ms at most."""
+    return CudaClock(3 if hide_launches else 1) if device == "cuda" else CpuClock(evict)
 
 
 def take_turns(
