@@ -6,9 +6,11 @@
 3. Otherwise:
    - "aten" for dtypes without kernels and devices older than compute capability 8.0;
    - "triton" on 9.x and 10.x for problems that fill tensor-core tiles (one group, at least 16
-     channels in and out and 64 on one side; float16, bfloat16, or float32 as TF32): there it
-     reaches wgmma and newer tensor-core instructions, which the C++ kernels do not use. On an H200
-     it is up to twice as fast there; with fewer channels either may win (docs/gpu.md);
+     channels in and out; float16, bfloat16, or float32 as TF32): there it reaches wgmma and newer
+     tensor-core instructions, which the C++ kernels do not use. With 64 channels on one side it is
+     up to twice as fast on an H200. With fewer it is faster in inference where they are whole
+     vectors, 6.9 us against 10.5 for SegNet's second encoder in float16, and slower in a training
+     step (docs/gpu.md);
    - "cuda" for everything else, and "triton" where the C++ library was built without CUDA; float64
      then runs on "aten", since Triton's float64 kernels are made for checks, not for speed.
 """
@@ -30,6 +32,7 @@ __all__ = ["LARGE_CHANNELS", "choose", "choose_for_compile", "is_large", "triton
 OLDEST = (8, 0)
 LARGE_CHANNELS = 64  # on one side at least
 FEW_CHANNELS = 16  # below these on either side tensor-core tiles are mostly padding
+VECTOR = 8  # channels that every dtype with tensor cores loads in whole vectors
 # Architectures whose tensor-core instructions only Triton's compiler reaches.
 _WARPGROUP_MAJORS = (9, 10)
 
@@ -50,16 +53,18 @@ def triton_op(label: str) -> NativeOp:
     return triton_ops[label]
 
 
-def is_large(weight: Tensor, groups: int) -> bool:
+def is_large(weight: Tensor, groups: int, *, trained: bool) -> bool:
     """Whether a problem fills tensor-core tiles. Branches: a symbolic size becomes a guard."""
     if groups != 1:
         return False
     k, c = weight.shape[0], weight.shape[1]
     if k < FEW_CHANNELS or c < FEW_CHANNELS:
         return False
-    if k >= LARGE_CHANNELS or c >= LARGE_CHANNELS:  # noqa: SIM103 - see above
+    if k >= LARGE_CHANNELS or c >= LARGE_CHANNELS:
         return True
-    return False
+    if trained or k % VECTOR or c % VECTOR:  # noqa: SIM103 - see above
+        return False
+    return True
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, large: bool) -> str:

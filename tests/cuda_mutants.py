@@ -255,8 +255,9 @@ MUTANTS = (
     Mutant(
         "filter-taps-in-the-wrong-order",
         "cuda/pack.cuh",
-        "const int s = phase.s + static_cast<int>(tap_w) * p.s_step;",
-        "const int s = phase.s + (phase.taps > 1 ? 1 - static_cast<int>(tap_w) : 0) * p.s_step;",
+        "const int s = phase.s + static_cast<int>(tap_w) * p.filter.s_step;",
+        "const int s ="
+        " phase.s + (phase.taps > 1 ? 1 - static_cast<int>(tap_w) : 0) * p.filter.s_step;",
         ("transposed-k4s2",),
     ),
     Mutant(
@@ -348,15 +349,15 @@ MUTANTS = (
     Mutant(
         "direct-filters-without-barrier",
         "cuda/direct.cuh",
-        "            load_filters(p, block, phase, k, k_total);\n            __syncthreads();",
-        "            load_filters(p, block, phase, k, k_total);",
+        "        load_filters(p, block, phase, k, k_total);\n        __syncthreads();",
+        "        load_filters(p, block, phase, k, k_total);",
         ("direct-8-vector",),
     ),
     Mutant(
         "direct-filter-columns",
         "cuda/direct.cuh",
-        "if (k < k_total && column < p.columns) {",
-        "if (k < k_total) {",
+        "< k_total && column < static_cast<uint32_t>(p.columns)) {",
+        "< k_total) {",
         ("direct-8",),
     ),
     Mutant(

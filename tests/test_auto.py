@@ -112,18 +112,20 @@ def test_a_backend_that_cannot_run_says_why(gpu: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups", "large"),
+    ("shape", "groups", "trained", "large"),
     [
-        ((64, 64, 3, 3), 1, True),
-        ((512, 17, 4, 4), 1, True),
-        ((16, 64, 1, 1), 1, True),
-        ((64, 15, 3, 3), 1, False),
-        ((63, 63, 3, 3), 1, False),
-        ((128, 64, 1, 1), 2, False),
+        ((64, 64, 3, 3), 1, True, True),
+        ((512, 17, 4, 4), 1, True, True),
+        ((16, 64, 1, 1), 1, True, True),
+        ((64, 15, 3, 3), 1, False, False),
+        ((63, 63, 3, 3), 1, False, False),
+        ((32, 16, 3, 3), 1, False, True),
+        ((32, 16, 3, 3), 1, True, False),
+        ((128, 64, 1, 1), 2, False, False),
     ],
 )
-def test_large(shape: tuple[int, ...], groups: int, large: bool) -> None:
-    assert auto.is_large(torch.empty(shape), groups) is large
+def test_large(shape: tuple[int, ...], groups: int, trained: bool, large: bool) -> None:
+    assert auto.is_large(torch.empty(shape), groups, trained=trained) is large
 
 
 # Benchmark mode ------------------------------------------------------------------------------

@@ -37,7 +37,12 @@ MODULES = ("geometry", "kernels", "direct", "pointwise")
 KERNELS = {
     "kernels": ("igemm_kernel", "wgrad_kernel"),
     "direct": ("direct_kernel", "direct_wgrad_kernel"),
-    "pointwise": ("mask_kernel", "reduce_kernel", "bias_activation_kernel"),
+    "pointwise": (
+        "mask_kernel",
+        "reduce_kernel",
+        "bias_activation_kernel",
+        "reduced_last_kernel",
+    ),
 }
 
 OWN = (

@@ -153,7 +153,7 @@ def test_large_problems_get_large_tiles_and_small_ones_fill_the_device() -> None
     assert large.tile.m * large.tile.n >= 128 * 64
     assert small.tile.m * small.tile.n < 128 * 64
     assert small.grid > large.tile.m // 8
-    hopper = plan_gather(conv(256, 256, 64, 16), "fprop", replace(HALF, device=H100), PLAIN)
+    hopper = plan_gather(conv(256, 256, 64, 16), "fprop", HALF._replace(device=H100), PLAIN)
     assert hopper.tile is not None
     assert hopper.tile.m * hopper.tile.n >= 128 * 256
 
@@ -227,7 +227,7 @@ def test_groups_too_narrow_for_tiles_and_float64_run_directly() -> None:
     assert plan_wgrad(grouped, HALF).kernel == "direct"
     wide = replace(conv(64, 64, 16), groups=2)
     assert plan_gather(wide, "fprop", HALF, PLAIN).kernel == "igemm"
-    double = replace(HALF, dtype=torch.float64)
+    double = HALF._replace(dtype=torch.float64)
     assert plan_gather(conv(64, 64, 16), "dgrad", double, PLAIN).kernel == "direct"
     assert plan_wgrad(conv(64, 64, 16), double).kernel == "direct"
 

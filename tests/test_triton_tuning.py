@@ -45,7 +45,7 @@ def test_choices_outlive_the_process() -> None:
 
 def test_a_file_for_each_device_and_set_of_versions(own_cache: Path) -> None:
     choices.remember(OPERANDS, "a key", CHOICE)
-    other = replace(OPERANDS, device=replace(DEVICE, name="Other"))
+    other = OPERANDS._replace(device=replace(DEVICE, name="Other"))
     assert choices.recall(other, "a key") is None
     (file,) = own_cache.iterdir()
     assert file.name.startswith("triton-Test-GPU-40GB-")
@@ -132,9 +132,9 @@ def test_processes_add_to_one_file() -> None:
 def passes(label: str, needs: tuple[bool, bool, bool], r: int = 1) -> list[tuning.Pass]:
     x = torch.randn(2, 40, 5, 6).half()
     w = torch.randn(*((24, 40) if label == "conv2d" else (40, 24)), r, r).half()
-    params: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1, 0.1)
+    params: tuple[Any, ...] = ((1, 1), (0, 0), (1, 1), 1, 0.1)
     if label == "conv_transpose2d":
-        params = ([1, 1], [0, 0], [0, 0], 1, [1, 1], 0.1)
+        params = ((1, 1), (0, 0), (0, 0), 1, (1, 1), 0.1)
     return tuning.passes_of_call(label, x, w, torch.randn(24).half(), params, needs)
 
 
@@ -229,9 +229,9 @@ def test_keys_tell_variants_apart() -> None:
         choices.gather_key(p, "dgrad", OPERANDS, Epilogue()),
         choices.gather_key(p, "fprop", OPERANDS, Epilogue(bias=True)),
         choices.gather_key(p, "fprop", OPERANDS, Epilogue(mask_slope=0.1)),
-        choices.gather_key(p, "fprop", replace(OPERANDS, dtype=torch.float32), Epilogue()),
+        choices.gather_key(p, "fprop", OPERANDS._replace(dtype=torch.float32), Epilogue()),
         choices.gather_key(
-            p, "fprop", replace(OPERANDS, dtype=torch.float32, precision="ieee"), Epilogue()
+            p, "fprop", OPERANDS._replace(dtype=torch.float32, precision="ieee"), Epilogue()
         ),
         choices.gather_key(replace(p, n=2), "fprop", OPERANDS, Epilogue()),
         choices.wgrad_key(p, OPERANDS, False),

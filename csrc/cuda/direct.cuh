@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fprop and dgrad for few channels: a thread owns some pixels and a few destination channels of a group, filters lie in
-// shared memory, every operand passes through once. Any channels, strides and groups.
+// fprop and dgrad for few channels: a thread owns some pixels and a few destination channels of a group, filters come
+// from where they are into shared memory, every operand passes through once. Any channels, strides and groups.
 #pragma once
 
+#include "filter.cuh"
 #include "gather_pixels.cuh"
 #include "tiles.h"
 
@@ -16,17 +17,36 @@ struct Direct {
   static constexpr int kChunk = DirectTile::kChunk;  // gemm_k whose filters lie in shared memory at a time
   static_assert(kChunk % kVector == 0, "a vector of channels must not straddle two chunks");
 
+  union Chunk {
+    uint4 bits;
+    T value[kVector];
+
+    __device__ __forceinline__ Chunk() {}
+    __device__ __forceinline__ void load(const T* source, bool valid) {
+      if constexpr (kVector == 1) {
+        value[0] = valid ? __ldg(source) : narrow<T>(Acc(0));
+      } else {
+        bits = valid ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
+      }
+    }
+  };
+
   Acc filters[kChunk][kColumns];
 
   __device__ __forceinline__ void load_filters(const GatherParams& p, const GatherBlock& block,
                                                const PhaseParams& phase, int first, int k_total) {
-    const T* const filter = static_cast<const T*>(p.filter) + phase.filter_start;
     for (int i = threadIdx.x; i < kChunk * kColumns; i += kThreads) {
-      const int k = first + i % kChunk;
-      const int column = block.n_tile * kColumns + i / kChunk;
+      uint32_t channel = first + i % kChunk;
+      const uint32_t column = block.n_tile * kColumns + i / kChunk;
       Acc value = Acc(0);
-      if (k < k_total && column < p.columns) {
-        value = widen(filter[(int64_t{block.group} * p.columns + column) * phase.filter_pitch + k]);
+      if (static_cast<int>(channel) < k_total && column < static_cast<uint32_t>(p.columns)) {
+        const auto tap = static_cast<int>(p.depth_div.split(channel));
+        if (channel < static_cast<uint32_t>(p.unpacked.channels)) {
+          const int r = phase.r + tap / phase.taps_w * p.unpacked.r_step;
+          const int s = phase.s + tap % phase.taps_w * p.unpacked.s_step;
+          value =
+              widen(load_filter<T>(p.unpacked, block.group, block.group * p.columns + column, column, channel, r, s));
+        }
       }
       filters[i % kChunk][i / kChunk] = value;
     }
@@ -53,44 +73,59 @@ struct Direct {
     }
     Acc sums[kPixels][kColumns];
 #pragma unroll
-    for (int i = 0; i < kPixels; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      const int column = block.n_tile * kColumns + j;
+      Acc bias = Acc(0);
+      if (p.epilogue.bias != nullptr && column < p.columns) {
+        const int64_t channel = int64_t{block.group} * p.columns + column;
+        bias = widen(static_cast<const T*>(p.epilogue.bias)[channel * p.epilogue.bias_stride]);
+      }
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) sums[i][j] = Acc(0);
+      for (int i = 0; i < kPixels; ++i) sums[i][j] = bias;
     }
+    // A step is a vector of channels of a tap. Its values are on their way while those of the one before are used.
     const int k_total = phase.taps_h * phase.taps_w * p.depth;
-    int k = 0;
-    for (int tap_h = 0; tap_h < phase.taps_h; ++tap_h) {
-      for (int tap_w = 0; tap_w < phase.taps_w; ++tap_w) {
-        const int dh = tap_h * p.tap_step_h;
-        const int dw = tap_w * p.tap_step_w;
-        const int64_t offset = dh * p.source.stride_h + dw * p.source.stride_w;
-        bool inside[kPixels];
+    int tap_h = 0, tap_w = 0, channel = 0;
+    Chunk next[kPixels];
+    const auto load_next = [&] {
+      const int dh = tap_h * p.tap_step_h;
+      const int dw = tap_w * p.tap_step_w;
+      const int64_t offset = dh * p.source.stride_h + dw * p.source.stride_w + channel * p.source.stride_c;
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i) {
-          inside[i] = static_cast<unsigned>(h[i] + dh) < static_cast<unsigned>(p.source.h) &&
-                      static_cast<unsigned>(w[i] + dw) < static_cast<unsigned>(p.source.w);
-        }
+      for (int i = 0; i < kPixels; ++i) {
+        const bool inside = static_cast<unsigned>(h[i] + dh) < static_cast<unsigned>(p.source.h) &&
+                            static_cast<unsigned>(w[i] + dw) < static_cast<unsigned>(p.source.w);
+        next[i].load(pixel[i] + offset, inside);
+      }
+      channel += kVector;
+      if (channel < p.depth) return;
+      channel = 0;
+      if (++tap_w < phase.taps_w) return;
+      tap_w = 0;
+      ++tap_h;
+    };
+    if (k_total > 0) load_next();
 #pragma unroll 1
-        for (int channel = 0; channel < p.depth; channel += kVector, k += kVector) {
-          if (k % kChunk == 0) {
-            __syncthreads();
-            load_filters(p, block, phase, k, k_total);
-            __syncthreads();
-          }
-          Acc values[kPixels][kVector];
+    for (int k = 0; k < k_total; k += kVector) {
+      if (k % kChunk == 0) {
+        __syncthreads();
+        load_filters(p, block, phase, k, k_total);
+        __syncthreads();
+      }
+      Acc values[kPixels][kVector];
 #pragma unroll
-          for (int i = 0; i < kPixels; ++i) {
-            load(values[i], pixel[i] + offset + channel * p.source.stride_c, inside[i]);
-          }
+      for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
-          for (int e = 0; e < kVector; ++e) {
+        for (int e = 0; e < kVector; ++e) values[i][e] = widen(next[i].value[e]);
+      }
+      if (k + kVector < k_total) load_next();
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-              const Acc filter = filters[k % kChunk + e][j];
+      for (int e = 0; e < kVector; ++e) {
 #pragma unroll
-              for (int i = 0; i < kPixels; ++i) sums[i][j] += values[i][e] * filter;
-            }
-          }
+        for (int j = 0; j < kColumns; ++j) {
+          const Acc filter = filters[k % kChunk + e][j];
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i) sums[i][j] += values[i][e] * filter;
         }
       }
     }
@@ -98,20 +133,6 @@ struct Direct {
   }
 
  private:
-  __device__ __forceinline__ static void load(Acc (&values)[kVector], const T* source, bool valid) {
-    if constexpr (kVector == 1) {
-      values[0] = valid ? widen(__ldg(source)) : Acc(0);
-    } else {
-      union {
-        uint4 bits;
-        T value[kVector];
-      } chunk;
-      chunk.bits = valid ? __ldg(reinterpret_cast<const uint4*>(source)) : uint4{0, 0, 0, 0};
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) values[e] = widen(chunk.value[e]);
-    }
-  }
-
   __device__ __forceinline__ static void store(const GatherParams& p, const GatherBlock& block,
                                                const PhaseParams& phase, int64_t first_m,
                                                const Acc (&sums)[kPixels][kColumns]) {
@@ -120,21 +141,13 @@ struct Direct {
     const int column = block.n_tile * kColumns;
     const int64_t channel = int64_t{block.group} * p.columns + column;
     T* const destination = static_cast<T*>(p.destination.data) + channel * p.destination.stride_c;
-    Acc bias[kColumns];
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      bias[j] = Acc(0);
-      if (p.epilogue.bias != nullptr && column + j < p.columns) {
-        bias[j] = widen(static_cast<const T*>(p.epilogue.bias)[(channel + j) * p.epilogue.bias_stride]);
-      }
-    }
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
       const int64_t offset = destination_pixel(p, phase, first_m + i * kThreads);
       if (offset < 0) continue;
       alignas(16) T results[kColumns];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) results[j] = narrow<T>(activate(sums[i][j] + bias[j], p.epilogue.act, slope));
+      for (int j = 0; j < kColumns; ++j) results[j] = narrow<T>(activate(sums[i][j], p.epilogue.act, slope));
       if (kColumns % kStore == 0 && p.vector_store) {
 #pragma unroll
         for (int j = 0; j < kColumns; j += kStore) {

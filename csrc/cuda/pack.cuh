@@ -2,6 +2,7 @@
 // Filters into the order in which a gather reads them.
 #pragma once
 
+#include "filter.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 
@@ -12,7 +13,6 @@ constexpr int kPackThreads = 256;
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kPackThreads) pack_filter(const __grid_constant__ PackParams p) {
   const PackPhase& phase = p.phases[blockIdx.y];
-  const T* const filter = static_cast<const T*>(p.filter);
   T* const packed = static_cast<T*>(p.packed);
   for (int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x; i < phase.count;
        i += int64_t{gridDim.x} * kPackThreads) {
@@ -23,19 +23,16 @@ __global__ void __launch_bounds__(kPackThreads) pack_filter(const __grid_constan
     uint32_t channel = k;
     const auto tap = static_cast<int>(p.depth_div.split(channel));
     T value = narrow<T>(Accumulator<T>(0));
-    if (tap < phase.taps && channel < static_cast<uint32_t>(p.channels)) {
+    if (tap < phase.taps && channel < static_cast<uint32_t>(p.filter.channels)) {
       uint32_t tap_w = tap;
       uint32_t tap_h = phase.taps_w.split(tap_w);
       if (p.shuffle_channels != 0) {
         tap_w = p.shuffle_channel.split(column);
         tap_h = p.shuffle_tap_w.split(tap_w);
       }
-      const int r = phase.r + static_cast<int>(tap_h) * p.r_step;
-      const int s = phase.s + static_cast<int>(tap_w) * p.s_step;
-      // Rows are filters of the group and channels its activation channels, or the other way round.
-      const int64_t place = p.by_output ? row * p.stride_k + channel * p.stride_c
-                                        : (int64_t{group} * p.channels + channel) * p.stride_k + column * p.stride_c;
-      value = filter[place + r * p.stride_r + s * p.stride_s];
+      const int r = phase.r + static_cast<int>(tap_h) * p.filter.r_step;
+      const int s = phase.s + static_cast<int>(tap_w) * p.filter.s_step;
+      value = load_filter<T>(p.filter, group, row, column, channel, r, s);
       if constexpr (kTf32) value = __uint_as_float(round_tf32(__float_as_uint(value)));
     }
     const int64_t row_stride = p.row_stride != 0 ? p.row_stride : phase.pitch.divisor;

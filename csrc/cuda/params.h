@@ -39,17 +39,28 @@ struct PhaseParams {
   int k_blocks;          // of the tile's gemm_k
   int filter_pitch;      // gemm_k of a packed filter row
   int64_t filter_start;  // of this phase's packed filters
+  int r, s;              // of tap (0, 0) in the filter
 };
 
 constexpr int kMaxPhases = 64;
+
+// A filter [K, C / groups, R, S] with any strides, as a gather sees it: columns and gemm_k.
+struct FilterParams {
+  const void* data;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+  int channels;        // of a group in gemm_k
+  bool by_output;      // fprop: columns are filters; otherwise columns are activation channels
+  int r_step, s_step;  // between the taps of a phase
+};
 
 // fprop and dgrad: destination(pixel, column) = act(sum over taps, depth of source * filter + bias).
 struct GatherParams {
   Grid grid;
   View source;
   View destination;
-  const void* filter;  // packed [phase][group][columns][filter_pitch], k = tap * depth + channel
-  void* partial;       // split-K: sums [split][block][BLOCK_M][BLOCK_N]; null when not split
+  const void* filter;     // packed [phase][group][columns][filter_pitch], k = tap * depth + channel
+  FilterParams unpacked;  // for the kernel that reads it where it is
+  void* partial;          // split-K: sums [split][block][BLOCK_M][BLOCK_N]; null when not split
   EpilogueParams epilogue;
   int64_t m_total;  // pixels of a phase: batch * rows * cols
   int depth;        // source channels of a group
@@ -97,15 +108,11 @@ struct PackPhase {
 
 struct PackParams {
   Grid grid;
-  const void* filter;
-  int64_t stride_k, stride_c, stride_r, stride_s;
+  FilterParams filter;
   void* packed;
   int64_t row_stride, k_stride;  // of the packed filters; a row stride of 0 stands for the phase's pitch
   FastDiv columns;               // rows of a group
   FastDiv depth_div;             // padded channels of a row's tap
-  int channels;                  // of these, the ones that exist
-  bool by_output;                // fprop: rows are filters; otherwise rows are activation channels
-  int r_step, s_step;            // between the taps of a phase
   int shuffle_channels;          // 0, or rows are (tap, channel)
   FastDiv shuffle_channel, shuffle_tap_w;
   PackPhase phases[kMaxPhases];

@@ -149,17 +149,29 @@ GatherParams gather_params(const GatherPass& pass, const View& source) {
   return params;
 }
 
-PackParams pack_params(const GatherPass& pass, void* packed) {
+FilterParams filter_params(const GatherPass& pass) {
   const Plan& plan = pass.plan;
   const ConvProblem& problem = plan.request.problem;
   const TapSteps steps = common_steps(plan.phases);
   const bool fprop = plan.request.pass == Pass::fprop;
-  PackParams params{};
-  params.filter = pass.filter.data;
+  FilterParams params{};
+  params.data = pass.filter.data;
   params.stride_k = pass.filter.stride_k;
   params.stride_c = pass.filter.stride_c;
   params.stride_r = pass.filter.stride_r;
   params.stride_s = pass.filter.stride_s;
+  params.channels = to_int(fprop ? problem.c_per_group() : problem.k_per_group());
+  params.by_output = fprop;
+  params.r_step = plan.shuffle ? 1 : steps.r;
+  params.s_step = plan.shuffle ? 1 : steps.s;
+  return params;
+}
+
+PackParams pack_params(const GatherPass& pass, void* packed) {
+  const Plan& plan = pass.plan;
+  const ConvProblem& problem = plan.request.problem;
+  PackParams params{};
+  params.filter = filter_params(pass);
   params.packed = packed;
   params.k_stride = 1;
   if (plan.algorithm == Algorithm::depthwise) {
@@ -168,10 +180,6 @@ PackParams pack_params(const GatherPass& pass, void* packed) {
   }
   params.columns = make_fast_div(plan.columns);
   params.depth_div = make_fast_div(plan.depth);
-  params.channels = to_int(fprop ? problem.c_per_group() : problem.k_per_group());
-  params.by_output = fprop;
-  params.r_step = plan.shuffle ? 1 : steps.r;
-  params.s_step = plan.shuffle ? 1 : steps.s;
   params.shuffle_channels = plan.shuffle ? to_int(problem.c_per_group()) : 0;
   params.shuffle_channel = make_fast_div(problem.c_per_group());
   params.shuffle_tap_w = make_fast_div(problem.s);
@@ -226,6 +234,7 @@ Status run(const GatherPass& pass, void* workspace, cudaStream_t stream) {
   GatherParams params = gather_params(pass, source);
   PackParams pack = pack_params(pass, pieces.filter);
   params.filter = plan.pack_filter ? pieces.filter : pass.filter.data;
+  params.unpacked = pack.filter;
   if (plan.splits > 1) params.partial = pieces.partial;
 
   // One launch of each kernel, more only beyond kMaxPhases phases.
@@ -239,9 +248,17 @@ Status run(const GatherPass& pass, void* workspace, cudaStream_t stream) {
       const int64_t pitch = filter_pitch(plan, phase);
       const int64_t packed = pitch * plan.columns * problem.groups;
       const Tap origin = phase.taps.empty() ? Tap{} : phase.taps.front();
-      params.phases[i] = {to_int(phase.oh), to_int(phase.ow), to_int(origin.off_h),         to_int(origin.off_w),
-                          own.taps_h,       own.taps_w,       to_int(pitch / plan.block_k), to_int(pitch),
-                          filter_start};
+      params.phases[i] = {to_int(phase.oh),
+                          to_int(phase.ow),
+                          to_int(origin.off_h),
+                          to_int(origin.off_w),
+                          own.taps_h,
+                          own.taps_w,
+                          to_int(pitch / plan.block_k),
+                          to_int(pitch),
+                          filter_start,
+                          to_int(origin.r),
+                          to_int(origin.s)};
       pack.phases[i] = {to_int(origin.r),
                         to_int(origin.s),
                         make_fast_div(std::max(own.taps_w, 1)),

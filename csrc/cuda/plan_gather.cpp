@@ -149,7 +149,7 @@ void plan_direct(Plan& plan, int64_t source_channels, int64_t destination_channe
   plan.blocks_per_sm = resident_blocks(request.gpu, plan.shared_bytes, plan.threads,
                                        DirectTile::blocks_per_sm(plan.block_n, accumulator));
   plan.narrow = !in_chunks(plan, request.source, source_channels);
-  plan.pack_filter = true;
+  plan.pack_filter = false;  // each block reads what it needs of it once
   plan.splits = 1;
   set_blocks(plan, phase_pixels(plan));
   const double products = as_double(phase_pixels(plan) * count_taps(plan.phases) * plan.depth) *

@@ -90,7 +90,9 @@ struct DirectTile {
   static constexpr int kPixels = 4;
   static constexpr int kChunk = 128;
   // The register budget: more blocks would make ptxas spill.
-  static constexpr int blocks_per_sm(int columns, int accumulator) { return columns * accumulator > 8 ? 3 : 4; }
+  static constexpr int blocks_per_sm(int columns, int accumulator) {
+    return columns * accumulator > 32 ? 2 : columns * accumulator > 8 ? 3 : 4;
+  }
   static constexpr int kBlockM = kThreads * kPixels;
 };
 

@@ -119,7 +119,7 @@ def _measure(case: Case, options: Options) -> CaseResult:
         else:
             ready[contender.name] = prepared
     del reference
-    measurements = _timed(options, ready, about)
+    measurements = _timed(case, options, ready, about)
     floor = None
     if options.limits is not None:
         floor = options.limits.floor(dtype_name(case.dtype), case.flops, case.bytes)
@@ -161,6 +161,7 @@ def _check(case: Case, prepared: Prepared, reference: Mapping[str, Tensor], devi
 
 
 def _timed(
+    case: Case,
     options: Options,
     ready: Mapping[str, Prepared],
     about: Mapping[str, tuple[float, float]],  # error, seconds until ready
@@ -175,7 +176,8 @@ def _timed(
         fastest = min(peers, key=lambda name: statistics.median(peers[name]))
         return paired_ratio(peers[fastest], seconds[OURS]).relative_width
 
-    clock: Clock = clock_for(options.device, evict=options.evict)
+    layer = case.spec is not None
+    clock: Clock = clock_for(options.device, evict=options.evict, hide_launches=layer)
     calls = {name: prepared.call for name, prepared in ready.items()}
     samples = take_turns(calls, clock, options.effort, keep={OURS}, interval=interval)
     return [

@@ -371,9 +371,10 @@ def _method(run: Run) -> list[Block]:
 def _gpu_method() -> tuple[str, ...]:
     return (
         "All contenders of a case ran in one process and in turns, another one first in each "
-        "round. Each call is timed by CUDA events behind a kernel that overwrites the L2 cache: "
-        "launching costs nothing unless it takes longer than that kernel (0.1 ms), as for whole "
-        "models with small batches, where a CUDA graph takes it away.",
+        "round. Each call is timed by CUDA events behind kernels that overwrite the L2 cache: "
+        "launching costs nothing unless it takes longer than they do, 0.3 ms before a layer and "
+        "0.1 ms before a model. Models with small batches wait for their launches; a CUDA graph "
+        "takes that away.",
         "float32 is TF32, torch's default for convolutions.",
     )
 

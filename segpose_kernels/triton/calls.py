@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..checks import NATIVE_DTYPES
@@ -87,11 +88,11 @@ def conv_transpose2d_problem(
     return _problem(shape, x_shape, w_shape, stride, padding, dilation, groups), shape
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a call of an operator is besides the values of its tensors.
 
-    `attributes` are the operator's in schema order: pairs, and groups.
+    `attributes` are the operator's in schema order: pairs, and groups. A tuple, because plans are
+    looked up by it in every call.
     """
 
     transposed: bool
@@ -103,10 +104,11 @@ class Call:
     generation: int  # of the choices
 
     @staticmethod
-    def of(transposed: bool, x: Tensor, w: Tensor, attributes: Sequence[Any], slope: float) -> Call:
-        plain = tuple(a if type(a) in (int, tuple) else _plain(a) for a in attributes)
+    def of(
+        transposed: bool, x: Tensor, w: Tensor, attributes: tuple[Any, ...], slope: float
+    ) -> Call:
         return Call(
-            transposed, x.shape, w.shape, plain, slope, operands_of(x), choices.generation()
+            transposed, x.shape, w.shape, attributes, slope, operands_of(x), choices.generation()
         )
 
     @property
@@ -119,18 +121,12 @@ class Call:
         return problem_of(self.x_shape, self.w_shape, *self.attributes)
 
 
-def _plain(attribute: Any) -> Any:
-    """An attribute with plain integers, whatever the dispatcher made of it."""
-    if isinstance(attribute, Sequence):
-        return int(attribute[0]), int(attribute[1])
-    return int(attribute)
-
-
 def operands_of(x: Tensor) -> Operands:
     """What plans need to know of a call with input `x`."""
     if x.dtype not in NATIVE_DTYPES:
         raise RuntimeError(f"segpose: there are no kernels for {x.dtype}")
-    return Operands(x.dtype, float32_precision(), device_of(x.device))
+    precision = float32_precision() if x.dtype is torch.float32 else "tf32"
+    return Operands(x.dtype, precision, device_of(x.device))
 
 
 def gather_plan(

@@ -26,6 +26,9 @@ class Device:
     multiprocessors: int
     shared_bytes: int  # of one thread block
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # plans are looked up by it in every call
+
     @staticmethod
     def generic(capability: tuple[int, int]) -> Device:
         """A device known by its architecture alone, with as many multiprocessors as an A100."""
@@ -34,7 +37,9 @@ class Device:
 
 
 @functools.cache
-def _visible_device(index: int) -> Device:
+def _device(index: int) -> Device:
+    if not torch.cuda.is_available():
+        return Device.generic((8, 0))
     properties: Any = torch.cuda.get_device_properties(index)
     return Device(
         properties.name,
@@ -50,10 +55,7 @@ def device_of(device: torch.device) -> Device:
     Fake tensors may be on a CUDA device where none is: their plans are those of the oldest
     supported architecture.
     """
-    if not torch.cuda.is_available():
-        return Device.generic((8, 0))
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _visible_device(index)
+    return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def float32_precision() -> str:

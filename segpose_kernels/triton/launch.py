@@ -17,9 +17,14 @@ from .direct import direct_kernel, direct_wgrad_kernel
 from .kernels import igemm_kernel, wgrad_kernel
 from .plan import Arguments
 from .plan_gather import GatherPlan
-from .plan_pointwise import MaskPlan, PointwisePlan
+from .plan_pointwise import MaskPlan, PointwisePlan, plan_reduced_last
 from .plan_wgrad import WgradPlan
-from .pointwise import bias_activation_kernel, mask_kernel, reduce_kernel
+from .pointwise import (
+    bias_activation_kernel,
+    mask_kernel,
+    reduce_kernel,
+    reduced_last_kernel,
+)
 from .problem import ConvProblem
 from .start import start, wrap_triton
 from .tiles import ceil_div
@@ -72,22 +77,25 @@ def _deliver(out: Tensor, target: Tensor) -> Tensor:
 
 
 def _filter(plan: GatherPlan, w: Tensor) -> Tensor:
-    """The filter [K, C/groups, R, S] as the plan's kernel reads it."""
+    """The filter [K, C/groups, R, S] as KRSC, padded as the plan's kernel reads it."""
     if plan.direction == "fprop":
-        groups = plan.problem.groups
-        return with_channels(w, plan.channels // groups)
+        return with_channels(w, plan.channels // plan.problem.groups)
     if w.shape[0] != plan.channels:
         more = w.new_zeros((plan.channels - w.shape[0], *w.shape[1:]))
         w = torch.cat((w, more))
-    return _reduced_last(w, plan.problem) if plan.reduced_last else nhwc(w)
+    return nhwc(w)
 
 
-def _reduced_last(w: Tensor, problem: ConvProblem) -> Tensor:
-    """[groups, C/groups, R, S, K/groups] of a folded problem's filter, for dgrad."""
-    krsc = nhwc(w).permute(0, 2, 3, 1)
-    groups = problem.groups
-    shape = groups, problem.k_per_group, problem.r, problem.s, problem.c_per_group
-    return krsc.reshape(shape).permute(0, 4, 2, 3, 1).contiguous()
+def _reduced_last(problem: ConvProblem, w: Tensor) -> Tensor:
+    """The filter [K, C/groups, R, S] as [groups, C/groups, R, S, K/groups] of a dgrad's problem."""
+    channels_last = w.is_contiguous(memory_format=torch.channels_last)
+    w = w if channels_last else w.contiguous()
+    shape = problem.groups, problem.c_per_group, problem.r, problem.s, problem.k_per_group
+    out = w.new_empty(shape)
+    plan = plan_reduced_last(tuple(w.shape), shape, channels_last)
+    tensors = {"w_ptr": w, "out_ptr": out}
+    start(wrap_triton(reduced_last_kernel), plan.grid, tensors, plan.arguments)
+    return out
 
 
 def launch_gather(
@@ -100,10 +108,11 @@ def launch_gather(
 ) -> Tensor:
     """act(fprop or dgrad + bias) into `target`, which is returned."""
     out = _dense(target)
+    transposes = plan.direction == "dgrad" and plan.reduced_last
     tensors = {
         "src_ptr": with_channels(source, plan.channels),
         "saved_ptr": None if saved is None else with_channels(saved, plan.channels),
-        "w_ptr": _filter(plan, w),
+        "w_ptr": _reduced_last(plan.problem, w) if transposes else _filter(plan, w),
         "bias_ptr": bias,
         "out_ptr": out,
     }

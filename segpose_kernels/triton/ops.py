@@ -7,7 +7,8 @@ Same schemas, same fakes, same derivatives (segpose_kernels/autograd.py). They a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -114,9 +115,7 @@ def run_backward(
     return grad_x, grad_w, grad_b
 
 
-def _forward(
-    transposed: bool, x: Tensor, w: Tensor, b: Tensor | None, params: Sequence[Any]
-) -> Tensor:
+def _forward(transposed: bool, x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     call = Call.of(transposed, x, w, params[:-1], params[-1])
     plan, shape = forward_pass(call, b is not None)
     return run_forward(plan, x, w, b, call.slope, shape)
@@ -128,10 +127,10 @@ def _backward(
     output: Tensor | None,
     x: Tensor,
     w: Tensor,
-    params: Sequence[Any],
+    *params: Any,
 ) -> Grads:
     *attributes, slope, need_input, need_weight, need_bias = params
-    call = Call.of(transposed, x, w, attributes, slope)
+    call = Call.of(transposed, x, w, tuple(attributes), slope)
     passes, shape = backward_passes(call, (need_input, need_weight, need_bias))
     _check_backward(grad, output, shape, x, slope)
     return run_backward(passes, transposed, slope, grad, output, x, w)
@@ -160,28 +159,37 @@ def _check_backward(
             )
 
 
+def _plain(params: Sequence[Any]) -> Iterator[Any]:
+    """Parameters in tuples and plain numbers, whatever the dispatcher made of them."""
+    for param in params:
+        if isinstance(param, Sequence):
+            yield int(param[0]), int(param[1])
+        else:
+            yield param if isinstance(param, (bool, float)) else int(param)
+
+
 def conv2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     check_conv2d(x, w, b, *params[:-1])
-    return _forward(False, x, w, b, params)
+    return _forward(False, x, w, b, *_plain(params))
 
 
 def conv2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     check_conv2d(x, w, None, *params[:-4])
-    return _backward(False, grad, output, x, w, params)
+    return _backward(False, grad, output, x, w, *_plain(params))
 
 
 def conv_transpose2d_act(x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
     check_conv_transpose2d(x, w, b, *params[:-1])
-    return _forward(True, x, w, b, params)
+    return _forward(True, x, w, b, *_plain(params))
 
 
 def conv_transpose2d_act_backward(
     grad: Tensor, output: Tensor | None, x: Tensor, w: Tensor, *params: Any
 ) -> Grads:
     check_conv_transpose2d(x, w, None, *params[:-4])
-    return _backward(True, grad, output, x, w, params)
+    return _backward(True, grad, output, x, w, *_plain(params))
 
 
 for _function in (
@@ -197,10 +205,11 @@ for _function in (
         schema=SCHEMAS[_function.__name__],
     )
 
+# Calls with plain tensors come here without the dispatcher, checked by functional.py.
 triton_ops = make_ops(
     NAMESPACE,
     {
-        "conv2d": (conv2d_act, conv2d_act_backward),
-        "conv_transpose2d": (conv_transpose2d_act, conv_transpose2d_act_backward),
+        label: (functools.partial(_forward, transposed), functools.partial(_backward, transposed))
+        for label, transposed in (("conv2d", False), ("conv_transpose2d", True))
     },
 )

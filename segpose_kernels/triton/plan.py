@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -51,8 +51,7 @@ _INT32_LIMIT = 2**31 - 2**16
 _UNKNOWN_SIZE = 4096
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """What kernels need to know of a call besides its problem."""
 
     dtype: torch.dtype

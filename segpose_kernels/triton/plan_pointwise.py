@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Plans of passes over whole tensors: masks and sums of a gradient, bias and activation."""
+"""Plans of passes over whole tensors: masks and sums of a gradient, bias and activation,
+filters.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +15,16 @@ from .plan import Launch, Operands, alignment, hint, needs_int64, split_count
 from .problem import ConvProblem
 from .tiles import ceil_div, power_of_two
 
-__all__ = ["MaskPlan", "PointwisePlan", "mask_first", "plan_bias_activation", "plan_mask"]
+__all__ = [
+    "MaskPlan",
+    "PointwisePlan",
+    "mask_first",
+    "plan_bias_activation",
+    "plan_mask",
+    "plan_reduced_last",
+]
+
+_FILTER_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def mask_first(
 
 @dataclass(frozen=True)
 class PointwisePlan(Launch):
-    """One launch of bias_activation_kernel."""
+    """One launch of bias_activation_kernel or reduced_last_kernel."""
 
     grid: int
     integers: Mapping[str, int]
@@ -105,3 +117,33 @@ def plan_bias_activation(
         "BLOCK_N": block_n,
     }
     return PointwisePlan(ceil_div(rows, block_m) * tiles, integers, constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_reduced_last(
+    w_shape: tuple[int, ...],  # [K, C/groups, R, S]
+    shape: tuple[int, ...],  # [groups, C/groups, R, S, K/groups] of the padded and folded problem
+    channels_last: bool,
+) -> PointwisePlan:
+    """A filter dense in channels_last, or contiguous, with its filters side by side."""
+    filters, w_channels, w_r, w_s = w_shape
+    groups, channels, r, s, red = shape
+    row = channels * r * s
+    tiles_row, tiles_red = ceil_div(row, _FILTER_BLOCK), ceil_div(red, _FILTER_BLOCK)
+    integers = {
+        "filters": filters,
+        "red": red,
+        "row": row,
+        "w_channels": w_channels,
+        "w_taps": w_r * w_s,
+        "channels": channels,
+        "taps": r * s,
+        "tiles_row": tiles_row,
+        "tiles_red": tiles_red,
+    }
+    constants = {
+        "CHANNELS_LAST": channels_last,
+        "WIDE": needs_int64(math.prod(shape)),
+        "BLOCK": _FILTER_BLOCK,
+    }
+    return PointwisePlan(groups * tiles_row * tiles_red, integers, constants)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Passes over whole tensors: mask and bias gradient, ordered sums, bias and activation."""
+"""Passes over whole tensors: mask and bias gradient, ordered sums, bias and activation, filters."""
 
 from __future__ import annotations
 
@@ -120,3 +120,50 @@ def bias_activation_kernel(
         else:
             y += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(wide)[None, :]
     tl.store(y_ptr + offset, activate(y, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_FILTER_INTEGERS = ("filters red row w_channels w_taps channels taps tiles_row tiles_red").split()
+
+
+@triton.jit(do_not_specialize=_FILTER_INTEGERS)
+def reduced_last_kernel(
+    w_ptr,  # [filters, row]: the elements of a filter as they lie in memory
+    out_ptr,  # [groups, channels, taps, red], zeros behind the filters
+    filters,
+    red,  # filters of a group, padding included
+    row,
+    w_channels,  # of w: folding makes channels of taps
+    w_taps,
+    channels,
+    taps,
+    tiles_row,
+    tiles_red,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A filter, [K, R, S, C/groups] or [K, C/groups, R, S], in the order of a dgrad's gemm_k.
+
+    Filters lie farthest apart in memory: a tile is read along its rows and written along columns.
+    """
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pid = tl.program_id(0)
+    tile_row = pid % tiles_row
+    rest = pid // tiles_row
+    k = (rest % tiles_red) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], in the group
+    group = tl.cast(rest // tiles_red, index)
+    element = tile_row * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+
+    in_red = k < red
+    in_row = element < row
+    filter = group * red + k
+    source = w_ptr + (filter * row)[:, None] + element[None, :]
+    mask = (in_red & (filter < filters))[:, None] & in_row[None, :]
+    values = tl.load(source, mask=mask, other=0.0)
+
+    krsc = element
+    if not CHANNELS_LAST:
+        krsc = element % w_taps * w_channels + element // w_taps
+    column = (group * channels + krsc % channels) * taps + krsc // channels
+    out = out_ptr + k[:, None] + (column * red)[None, :]
+    tl.store(out, values, mask=in_red[:, None] & in_row[None, :])

@@ -21,9 +21,15 @@ from segpose_kernels.triton.plan_pointwise import (
     PointwisePlan,
     plan_bias_activation,
     plan_mask,
+    plan_reduced_last,
 )
 from segpose_kernels.triton.plan_wgrad import WgradPlan, plan_wgrad
-from segpose_kernels.triton.pointwise import bias_activation_kernel, mask_kernel, reduce_kernel
+from segpose_kernels.triton.pointwise import (
+    bias_activation_kernel,
+    mask_kernel,
+    reduce_kernel,
+    reduced_last_kernel,
+)
 from segpose_kernels.triton.problem import ConvProblem
 from segpose_kernels.triton.tiles import Tile
 
@@ -201,6 +207,13 @@ def _other_cases(shape: Device) -> Iterator[Case]:
         pointers = {"parts_ptr": partial, "bias_parts_ptr": partial}
         pointers |= {"out_ptr": dtype, "bias_out_ptr": dtype}
         yield Case(f"reduce_{name}", reduce_kernel, parts, pointers, listed)
+        for last in (True, False):
+            filters = plan_reduced_last((64, 32, 3, 3), (1, 32, 3, 3, 64), last)
+            label = "krsc" if last else "kcrs"
+            pointers = dict.fromkeys(("w_ptr", "out_ptr"), dtype)
+            yield Case(
+                f"reduced_last_{name}_{label}", reduced_last_kernel, filters, pointers, listed
+            )
 
 
 def cases(cc: int) -> Iterator[Case]:
