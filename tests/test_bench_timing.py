@@ -167,7 +167,9 @@ def test_the_cuda_clock_leaves_out_what_clears_the_cache(monkeypatch: pytest.Mon
 
 
 class FakeTime:
-    """A clock that only sleeping moves; other threads spin until `busy_until`."""
+    """A clock that only sleeping moves; other threads spin until `busy_until`, and are charged in
+    ticks of 4 ms.
+    """
 
     def __init__(self, busy_until: float) -> None:
         self.now = self.used = 0.0
@@ -177,7 +179,7 @@ class FakeTime:
         return self.now
 
     def process_time(self) -> float:
-        return self.used
+        return self.used // 0.004 * 0.004
 
     def sleep(self, seconds: float) -> None:
         self.used += min(seconds, max(self.busy_until - self.now, 0.0))
@@ -185,7 +187,7 @@ class FakeTime:
 
 
 @pytest.mark.parametrize(
-    ("busy_until", "least", "most"), [(0.0, 0.0, 0.003), (0.02, 0.02, 0.03), (9.0, 0.05, 0.07)]
+    ("busy_until", "least", "most"), [(0.0, 0.0, 0.015), (0.06, 0.06, 0.08), (9.0, 0.2, 0.3)]
 )
 def test_settling_waits_for_spinning_threads_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, busy_until: float, least: float, most: float
