@@ -23,7 +23,7 @@ class LineTiles {
       for (int i = 0; i < kernels.rows_tiles; ++i) {
         const RowsTile<T>& tile = kernels.rows[i];
         if (tile.nr != nr || tile.mr > pixels) continue;
-        const double all = step_cycles(tile.mr, vectors) + cycles[static_cast<size_t>(pixels - tile.mr)];
+        const double all = step_cycles(tile.mr, vectors) + kEnds + cycles[static_cast<size_t>(pixels - tile.mr)];
         if (first_[static_cast<size_t>(pixels)] != nullptr && all >= cycles[static_cast<size_t>(pixels)]) continue;
         first_[static_cast<size_t>(pixels)] = &tile;
         cycles[static_cast<size_t>(pixels)] = all;
@@ -34,17 +34,17 @@ class LineTiles {
   // The tile that so many pixels begin with.
   const RowsTile<T>& first(int64_t pixels) const { return *first_[static_cast<size_t>(std::min(pixels, kLongest))]; }
 
-  // Cycles of a step of a tile: two multiply-adds or two loads a cycle, sums wait four cycles for themselves, and a
-  // tile has its share of a beginning and an end.
+  // Cycles of a step of a tile: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
   static double step_cycles(int64_t mr, double vectors) {
-    constexpr double kEnds = 0.3;
     const auto rows = static_cast<double>(mr);
-    return std::max({0.5 * rows * vectors, 0.5 * (rows + vectors), 4.0}) + kEnds;
+    return std::max({0.5 * rows * vectors, 0.5 * (rows + vectors), 4.0});
   }
 
  private:
   // Longer lines begin as this one does.
   static constexpr int64_t kLongest = 56;
+  // A step's share of the beginning and the end of a tile: several small ones must gain more than that.
+  static constexpr double kEnds = 1;
 
   std::array<const RowsTile<T>*, kLongest + 1> first_{};
 };
