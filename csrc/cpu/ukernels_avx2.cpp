@@ -23,7 +23,7 @@ __attribute__((always_inline)) inline void partial_store(float* destination, __m
     destination += 4;
   }
   if (count & 2) {
-    _mm_storel_pd(reinterpret_cast<double*>(destination), _mm_castps_pd(rest));
+    _mm_storel_epi64(reinterpret_cast<__m128i_u*>(destination), _mm_castps_si128(rest));
     rest = _mm_movehl_ps(rest, rest);
     destination += 2;
   }
