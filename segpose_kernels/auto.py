@@ -9,8 +9,7 @@
      channels in and out; float16, bfloat16, or float32 as TF32): there it reaches wgmma and newer
      tensor-core instructions, which the C++ kernels do not use. With 64 channels on one side it is
      up to twice as fast on an H200. With fewer it is faster in inference where they are whole
-     vectors, 6.9 us against 10.5 for SegNet's second encoder in float16, and slower in a training
-     step (docs/gpu.md);
+     vectors, and slower in a training step (docs/gpu.md);
    - "cuda" for everything else, and "triton" where the C++ library was built without CUDA; float64
      then runs on "aten", since Triton's float64 kernels are made for checks, not for speed.
 """
@@ -62,9 +61,7 @@ def is_large(weight: Tensor, groups: int, *, trained: bool) -> bool:
         return False
     if k >= LARGE_CHANNELS or c >= LARGE_CHANNELS:
         return True
-    if trained or k % VECTOR or c % VECTOR:  # noqa: SIM103 - see above
-        return False
-    return True
+    return not (trained or k % VECTOR or c % VECTOR)
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, large: bool) -> str:

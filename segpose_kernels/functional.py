@@ -191,6 +191,10 @@ def conv_transpose2d_act(
     )
 
 
+def _is_trained(input: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+
+
 def _call(
     operator: _Operator,
     input: Tensor,
@@ -208,11 +212,10 @@ def _call(
     unbatched = input.dim() == 3
     if unbatched:
         input = input.unsqueeze(0)
-    trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     if torch.compiler.is_compiling():
         # The fake of the operator makes the same checks, without guards from this frame.
         if input.is_cuda:
-            large = auto.is_large(weight, params[_GROUPS], trained=trained)
+            large = auto.is_large(weight, params[_GROUPS], trained=_is_trained(input, weight))
             name = auto.choose_for_compile(backend, input.device, input.dtype, large)
         else:
             name = backends.select_for_compile(backend, input.device.type, input.dtype)
@@ -221,7 +224,7 @@ def _call(
     else:
         operator.check(input, weight, bias, *params)
         if input.is_cuda:
-            large = auto.is_large(weight, params[_GROUPS], trained=trained)
+            large = auto.is_large(weight, params[_GROUPS], trained=_is_trained(input, weight))
             name = auto.choose(backend, input.device, input.dtype, large)
         else:
             name = backends.select(backend, input.device.type, input.dtype)

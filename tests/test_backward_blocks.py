@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segpose_kernels import functional
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.numerics import relative_l2
 
 pytestmark = [
@@ -131,8 +132,7 @@ def test_what_is_not_wanted_is_left_out(needs: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("filters", [16, 32, 64])
 def test_filters_in_the_lanes(channels: int, filters: int) -> None:
     """wgrad of the first layers of a network, over bands of rows."""
-    previous = torch.ops.segpose.set_algorithm("rows")
-    try:
+    with forced("rows"):
         for kernel, stride, padding in ((3, 1, 1), (3, 2, 0), (5, 2, 2), (1, 1, 0)):
             layer = (channels, filters, kernel)
             given = operands(layer, 3, 21, transposed=False)
@@ -141,5 +141,3 @@ def test_filters_in_the_lanes(channels: int, filters: int) -> None:
             expected = exact(given, options, "leaky_relu", 0.1, transposed=False)
             for name, a, b in zip(("x", "w", "b"), found, expected, strict=True):
                 assert relative_l2(a, b) < 2e-6, (name, kernel, stride)
-    finally:
-        torch.ops.segpose.set_algorithm(previous)

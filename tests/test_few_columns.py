@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segpose_kernels import _plan, functional
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.numerics import relative_l2
 
 pytestmark = [
@@ -27,9 +28,8 @@ GEOMETRIES = ((1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (4, 2, 1, 1), (2, 3, 0, 
 
 @pytest.fixture(autouse=True)
 def rows() -> Iterator[None]:
-    previous = torch.ops.segpose.set_algorithm("rows")
-    yield
-    torch.ops.segpose.set_algorithm(previous)
+    with forced("rows"):
+        yield
 
 
 def operands(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +20,7 @@ from hypothesis import strategies as st
 from segpose_kernels import _plan
 from segpose_kernels.settings import release_workspace
 from segpose_kernels.testing.counters import OperatorCounter
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.fused import run_fused
 from segpose_kernels.testing.numerics import TOLERANCES, assert_results_match
 from segpose_kernels.testing.plans import problem_of
@@ -239,15 +238,6 @@ def test_random_tiled_problems_agree_with_float64() -> None:
     if TILED_CASES > 20:
         fast = algorithms["winograd"] + algorithms["split"]
         assert fast > TILED_CASES // 2, dict(algorithms)
-
-
-@contextmanager
-def forced(algorithm: str) -> Iterator[None]:
-    previous = torch.ops.segpose.set_algorithm(algorithm)
-    try:
-        yield
-    finally:
-        torch.ops.segpose.set_algorithm(previous)
 
 
 @pytest.mark.parametrize("algorithm", ["split", "winograd", "fourier", "rows", "igemm", "gathered"])

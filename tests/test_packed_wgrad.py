@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from segpose_kernels import _plan, functional
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.numerics import relative_l2
 from segpose_kernels.testing.spec import ConvSpec
 
@@ -39,9 +40,8 @@ TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def igemm() -> Iterator[None]:
-    previous = torch.ops.segpose.set_algorithm("igemm")
-    yield
-    torch.ops.segpose.set_algorithm(previous)
+    with forced("igemm"):
+        yield
 
 
 def wgrad_plan(spec: ConvSpec, dtype: torch.dtype) -> str:

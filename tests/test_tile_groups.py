@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from segpose_kernels import _plan, functional
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.numerics import relative_l2
 
 pytestmark = [
@@ -27,9 +28,8 @@ TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
 @pytest.fixture(autouse=True)
 def split() -> Iterator[None]:
-    previous = torch.ops.segpose.set_algorithm("split")
-    yield
-    torch.ops.segpose.set_algorithm(previous)
+    with forced("split"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

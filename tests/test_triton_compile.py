@@ -213,21 +213,28 @@ def test_strides_are_torchs(last: bool) -> None:
     assert bool(copies) is not last, "channels_last results need no copy"
 
 
-def test_one_compilation_serves_all_image_sizes() -> None:
-    """Extents of images are symbols: nothing in a plan asks for their values."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_compilation_serves_all_image_sizes(transposed: bool) -> None:
+    """Extents of images are symbols, and those of weights that come as inputs: nothing in a plan
+    asks for their values.
+    """
     graphs = Graphs()
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        y: Tensor = conv2d_act(x, w, b, stride=2, backend="triton")
+        fused = conv_transpose2d_act if transposed else conv2d_act
+        y: Tensor = fused(x, w, b, stride=2, backend="triton")
         return y
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        w = torch.empty(24, 16, 3, 3, device="cuda", requires_grad=True)
+        shape = (16, 24, 3, 3) if transposed else (24, 16, 3, 3)
+        w = torch.empty(shape, device="cuda", requires_grad=True)
         b = torch.empty(24, device="cuda", requires_grad=True)
         compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=graphs.backend())
         for n, h, width in ((2, 9, 12), (3, 17, 20), (5, 30, 11)):
-            y = compiled(torch.empty(n, 16, h, width, device="cuda"), w, b)
-            assert y.shape == (n, 24, (h - 3) // 2 + 1, (width - 3) // 2 + 1)
+            y = compiled(torch.empty(n, 16, h, width, device="cuda", requires_grad=True), w, b)
+            rows = 2 * h + 1 if transposed else (h - 3) // 2 + 1
+            columns = 2 * width + 1 if transposed else (width - 3) // 2 + 1
+            assert y.shape == (n, 24, rows, columns)
     assert len(graphs.backward) == 1
     assert launches(graphs.backward[0]).count("wgrad_kernel") == 1
 

@@ -18,7 +18,7 @@ from segpose_kernels import _plan
 from segpose_kernels.testing.plans import problem_of
 from segpose_kernels.testing.problems import GEOMETRIES
 from segpose_kernels.testing.spec import ConvSpec
-from segpose_kernels.triton.device import Device, float32_precision
+from segpose_kernels.triton.device import Device, device_of, float32_precision
 from segpose_kernels.triton.plan import Choice, Epilogue, Operands, padded_channels
 from segpose_kernels.triton.plan_gather import plan_gather
 from segpose_kernels.triton.plan_pointwise import mask_first, plan_mask
@@ -272,3 +272,10 @@ def test_generic_devices() -> None:
     assert Device.generic((8, 0)).shared_bytes == 163 << 10
     assert Device.generic((8, 6)).shared_bytes == 99 << 10
     assert Device.generic((9, 0)).shared_bytes == 227 << 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_device_that_is_not_there_is_the_oldest_supported_one(name: str) -> None:
+    """Fake tensors may lie on it, with an index or without."""
+    assert device_of(torch.device(name)).capability == (8, 0)

@@ -125,7 +125,7 @@ double dots_cycles(Isa isa, int64_t pixels, int64_t width, int64_t runs, int64_t
 
 template <class T>
 double rows_cycles_as(const Plan& plan, const RowsPlan& rows, const std::vector<Panel>& panels) {
-  const PanelTiles<T> tiles(ukernels<T>(plan.isa));
+  const PanelTiles<T>& tiles = panel_tiles<T>(plan.isa);
   double cycles = 0;
   double most_rows = 1;
   for (const Phase& phase : plan.phases) {

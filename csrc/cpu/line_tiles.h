@@ -62,4 +62,13 @@ class PanelTiles {
   LineTiles<T> wide_, narrow_;
 };
 
+// Worked out once for each instruction set.
+template <class T>
+const PanelTiles<T>& panel_tiles(Isa isa) {
+  static const std::array<PanelTiles<T>, 4> all = {
+      PanelTiles<T>(ukernels<T>(Isa::generic)), PanelTiles<T>(ukernels<T>(Isa::avx2)),
+      PanelTiles<T>(ukernels<T>(Isa::avx512)), PanelTiles<T>(ukernels<T>(Isa::amx))};
+  return all[static_cast<size_t>(isa)];
+}
+
 }  // namespace segpose

@@ -176,7 +176,7 @@ void launch_rows(const RowsLaunch<T>& launch, const Executor& executor) {
   const int64_t bands = ceil_div(most_rows, plan.rows.rows);
   const int64_t scratch_bytes = rows_scratch<T>(plan, launch.source);
   const RunOffsets runs(plan, launch.source.view.c);
-  const PanelTiles<T> tiles(ukernels<T>(plan.isa));
+  const PanelTiles<T>& tiles = panel_tiles<T>(plan.isa);
   for_each_task(executor, ceil_div(plan.problem.n, plan.rows.images) * bands, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, launch.source, arena);

@@ -37,8 +37,8 @@ class Device:
 
 
 @functools.cache
-def _device(index: int) -> Device:
-    if not torch.cuda.is_available():
+def _device(index: int | None) -> Device:
+    if index is None or not torch.cuda.is_available():
         return Device.generic((8, 0))
     properties: Any = torch.cuda.get_device_properties(index)
     return Device(
@@ -55,7 +55,10 @@ def device_of(device: torch.device) -> Device:
     Fake tensors may be on a CUDA device where none is: their plans are those of the oldest
     supported architecture.
     """
-    return _device(torch.cuda.current_device() if device.index is None else device.index)
+    index = device.index
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return _device(index)
 
 
 def float32_precision() -> str:

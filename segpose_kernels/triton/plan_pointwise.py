@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .plan import Launch, Operands, alignment, hint, needs_int64, split_count
-from .problem import ConvProblem
+from .problem import ConvProblem, concrete
 from .tiles import ceil_div, power_of_two
 
 __all__ = [
@@ -119,8 +119,7 @@ def plan_bias_activation(
     return PointwisePlan(ceil_div(rows, block_m) * tiles, integers, constants)
 
 
-@functools.lru_cache(maxsize=4096)
-def plan_reduced_last(
+def _plan_reduced_last(
     w_shape: tuple[int, ...],  # [K, C/groups, R, S]
     shape: tuple[int, ...],  # [groups, C/groups, R, S, K/groups] of the padded and folded problem
     channels_last: bool,
@@ -147,3 +146,14 @@ def plan_reduced_last(
         "BLOCK": _FILTER_BLOCK,
     }
     return PointwisePlan(groups * tiles_row * tiles_red, integers, constants)
+
+
+_known_reduced_last = functools.lru_cache(maxsize=4096)(_plan_reduced_last)
+
+
+def plan_reduced_last(
+    w_shape: tuple[int, ...], shape: tuple[int, ...], channels_last: bool
+) -> PointwisePlan:
+    """See `_plan_reduced_last`. Extents that are symbols, while tracing, are not remembered."""
+    plan = _known_reduced_last if concrete(*w_shape, *shape) else _plan_reduced_last
+    return plan(w_shape, shape, channels_last)
