@@ -15,6 +15,7 @@ import torch
 from made_up_results import LIMITS
 
 from segpose_kernels.bench import limits, timing
+from segpose_kernels.bench.limits import Limits
 from segpose_kernels.bench.statistics import geometric_mean, median_of, paired_ratio
 from segpose_kernels.bench.timing import CpuClock, CudaClock, Effort, Samples, take_turns
 
@@ -269,3 +270,9 @@ def test_limits_of_this_machine() -> None:
     assert 0.2 < best / peak < 1.2
     with pytest.raises(ValueError, match="no unit called 'abacus'"):
         native.flops_per_second("abacus")
+
+
+def test_a_small_copy_that_is_slower_than_a_large_one_shows_no_cache() -> None:
+    assert LIMITS.memory_rates() == (1.4e10, 8e10)
+    gpu = Limits({"float32": 4e14}, ((2**18, 4.7e10), (2**28, 4.05e12)), "made up")
+    assert gpu.memory_rates() == (4.05e12,)

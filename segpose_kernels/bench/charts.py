@@ -228,12 +228,11 @@ def roofline(cases: Sequence[CaseResult], limits: Limits) -> Draw:
 def _roofs(
     axes: Axes, theme: Theme, limits: Limits, dtype: str, cases: Sequence[CaseResult]
 ) -> None:
-    """The limits: arithmetic, and memory at its fastest and slowest."""
+    """The limits: arithmetic, memory, and a cache where copies show one."""
     peak = limits.peak(dtype) / 1e9
     intensities = [case.flops / case.bytes for case in cases if case.bytes]
     low, high = min(intensities, default=1) / 1.5, max(intensities, default=100) * 1.5
-    rates = sorted({limits.bandwidth[0][1], limits.bandwidth[-1][1]})
-    for rate in rates:
+    for rate in limits.memory_rates():
         slope = rate / 1e9
         points = [low, peak / slope, max(high, peak / slope)]
         axes.plot(points, [min(peak, slope * x) for x in points], color=theme.grey, linewidth=1)

@@ -56,6 +56,13 @@ class Limits:
         """Operations a second in a dtype."""
         return max(self.flops.get(dtype, 0.0), self.flops["float32"])
 
+    def memory_rates(self) -> tuple[float, ...]:
+        """Bandwidth of memory, and of a cache where small copies show one: those that are slower
+        than large ones wait for their launch.
+        """
+        smallest, largest = self.bandwidth[0][1], self.bandwidth[-1][1]
+        return (largest, smallest) if smallest > largest else (largest,)
+
     def bytes_per_second(self, moved: float) -> float:
         """Bandwidth for a call that moves so many bytes, between the measured sizes."""
         sizes = [math.log(size) for size, _ in self.bandwidth]

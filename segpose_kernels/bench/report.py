@@ -316,8 +316,12 @@ def _roofline(report: _Report) -> list[Block]:
     picture = report.picture("roofline", "Single layers against the machine's limits", 4.2, draw)
     words = (
         f"Limits: {limits.source}. Work is that of the direct definition, so an algorithm with "
-        "fewer products can pass the roof; the two slopes are the bandwidths of data inside a "
-        "core's cache and far outside."
+        "fewer products can pass the roof; "
+        + (
+            "the two slopes are the bandwidths of data inside a core's cache and far outside."
+            if len(limits.memory_rates()) > 1
+            else "the slope is the bandwidth of memory."
+        )
     )
     return [Heading("Single layers against the machine's limits"), Text(words), picture]
 
