@@ -50,10 +50,10 @@ SEGPOSE_INLINE void store_pixels(const Simd<float>::Vector* pixels, const Simd<f
   }
 }
 
-// The vectors of a step: one or two.
+// The vectors of a step: one or two, which share a line where a vector is half of one.
 SEGPOSE_INLINE void prefetch_next(const float* next, int64_t step) {
   __builtin_prefetch(next, 0, 2);
-  __builtin_prefetch(next + step - Simd<float>::kLength, 0, 2);
+  if constexpr (SEGPOSE_VECTOR_BYTES >= 64) __builtin_prefetch(next + step - Simd<float>::kLength, 0, 2);
 }
 
 template <int MR, int NV>
@@ -131,6 +131,7 @@ void reduce_gemm(const ReduceArgs& args) {
   Vector sums[MR][NV] = {};
   const float* a = args.a;
   const float* b = args.b;
+  SEGPOSE_UNROLL_STEPS
   for (int64_t t = 0; t < args.count; ++t, a += kLength, b += kLength) {
     Vector row[NV];
     SEGPOSE_UNROLL
@@ -160,6 +161,7 @@ void reduce_gemm_complex(const ReduceArgs& args) {
   Vector imaginary[MR] = {};
   const float* a = args.a;
   const float* b = args.b;
+  SEGPOSE_UNROLL_STEPS
   for (int64_t t = 0; t < args.count; ++t, a += 2 * kLength, b += 2 * kLength) {
     const Vector br = load<float>(b);
     const Vector bi = load<float>(b + kLength);

@@ -134,8 +134,12 @@ void multiply(const Plan& plan, const TransformFilter& layout, const Block& bloc
       float* out = reinterpret_cast<float*>(scratch.p + f * e.p_frequency + p * vectors * e.p_line);
       const PanelTile* tile = heights;
       for (int64_t t = 0; t < rows; t += tile->mr) {
-        // The tallest that does not compute more rows than are left; 8 + 8 runs faster than 12 + 4.
-        while (tile->mr > rows - t || (rows - t == 16 && tile->mr == 12)) ++tile;
+        // The tallest that leaves rows of a tile or none; 8 + 8 runs faster than 12 + 4.
+        const int64_t left = rows - t;
+        while (tile->mr > left || (tile->mr < left && left - tile->mr < kTransformRows) ||
+               (left == 16 && tile->mr == 12)) {
+          ++tile;
+        }
         args.a = v + t * row;
         args.out = out + t * row;
         // The next panel arrives evenly: half of it during the first call, half during the second.

@@ -72,7 +72,7 @@ struct ReduceTile {
 constexpr int kMaxTransforms = 10;
 constexpr int kMaxTransformN = 20;
 constexpr int kPanelHeights = 3;
-// Every tile height is a multiple of this.
+// The least height of a tile; blocks have a multiple of it.
 constexpr int64_t kTransformRows = 4;
 
 struct TransformUkernels {

@@ -24,8 +24,8 @@ const TransformUkernels kTransforms = {
     {winograd_entry<F43>(), winograd_entry<F42>(), winograd_entry<F34>(), winograd_entry<F24>(), fourier_entry<14>(),
      fourier_entry<16>(), fourier_entry<18>(), fourier_entry<20>()},
     2,
-    {panel_entry<4, 2>()},
-    {panel_complex_entry<4>()},
+    {panel_entry<6, 2>(), panel_entry<4, 2>()},
+    {panel_complex_entry<6>(), panel_complex_entry<4>()},
     reduce_entry<4, 2>(),
     reduce_complex_entry<4>(),
     pool_tile};

@@ -9,7 +9,7 @@
 #define SEGPOSE_HAVE_F16C
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("prfchw,avx2,fma,f16c")
 namespace segpose::avx2 {
 
 // The first `count` values, fewer than a vector, in halves of halves. AMD's processors run a vmaskmovps store as 40

@@ -9,7 +9,7 @@
 #define SEGPOSE_HAVE_F16C
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace segpose::avx512 {
 
 inline void partial_store(float* destination, __m512 value, int64_t count) {
