@@ -112,6 +112,31 @@ def test_sliced_channels_last_keeps_the_format(spec: ConvSpec, generator: torch.
     assert results["output"].stride() == expected.stride()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(by_name("transposed-k4s2"), h=9, w=23, c_in=24, c_out=37, bias=True),
+        replace(by_name("transposed-k2s2"), h=8, w=8, c_in=64, c_out=64),
+        replace(by_name("conv-k3s2"), stride=(1, 1), h=21, w=19, c_in=32, c_out=45),
+        # Its results are too large to be written twice.
+        replace(by_name("transposed-k2s2"), n=1, h=1030, w=1024, c_in=2, c_out=5),
+    ],
+    ids=["phases", "whole-vectors", "winograd", "large"],
+)
+def test_both_formats_hold_the_same_values(
+    spec: ConvSpec, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """To the bit: a result in the default format is one in channels_last, transposed."""
+    tensors = spec.make_tensors(dtype, generator=generator)
+    operands = tensors.input, tensors.weight, tensors.bias
+    contiguous = call_fused(spec, *operands)
+    last = call_fused(spec, as_layout(tensors.input, "channels_last"), *operands[1:])
+    assert contiguous.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(contiguous, last)
+
+
 @pytest.mark.parametrize("size_one", ["batch", "channels", "pixels"])
 @pytest.mark.parametrize("spec", BOTH, ids=str)
 def test_strides_of_size_one_dimensions_mean_nothing(

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "depthwise.h"
+#include "formats.h"
 #include "igemm.h"
 #include "packing.h"
 #include "rows_conv.h"
@@ -154,6 +155,51 @@ void run_rows(const GatherPass& pass, void* workspace, const Executor& executor)
                  executor);
 }
 
+int64_t direct_workspace(const GatherPass& pass, int64_t workers) {
+  Arena arena(nullptr);
+  if (pass.plan->packs_source()) {
+    const PackedBuffers buffers(pass, workers, arena);
+    return arena.used();
+  }
+  return dispatch_compute(pass.plan->dtype, [&](auto zero) {
+    if (pass.plan->algorithm == Algorithm::rows) {
+      const RowsBuffers<decltype(zero)> buffers(pass, workers, arena);
+    } else {
+      const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
+    }
+    return arena.used();
+  });
+}
+
+void run_direct(const GatherPass& pass, void* workspace, const Executor& executor) {
+  if (pass.plan->packs_source()) return run_packed(pass, workspace, executor);
+  dispatch_compute(pass.plan->dtype, [&](auto zero) {
+    if (pass.plan->algorithm == Algorithm::rows) {
+      run_rows<decltype(zero)>(pass, workspace, executor);
+    } else {
+      run_gather<decltype(zero)>(pass, workspace, executor);
+    }
+  });
+}
+
+// A destination in torch's default memory format, of which tiles write a few pixels in each plane: pixels of phases lie
+// apart, and a Winograd tile has four in a row. The pass writes channels_last then, and what it wrote is transposed: 45
+// instead of 73 ms for U-Net's last upsampling, 6.5 instead of 10 for DCGAN's fourth layer (Zen 3, 2 threads).
+struct Detour {
+  // Beyond this, one more copy of the result is too much memory.
+  static constexpr int64_t kMostBytes = int64_t{64} << 20;
+
+  TensorView pixels;  // without data where the pass writes the destination itself
+
+  Detour(const GatherPass& pass, Arena& arena) : pixels{} {
+    const TensorView& view = pass.destination;
+    const int64_t bytes = elements(view) * dtype_size(view.dtype);
+    const bool scattered = pass.plan->phases.size() > 1 || pass.plan->transforms();
+    if (!scattered || view.c == 1 || view.h * view.w == 1 || bytes > kMostBytes || !is_contiguous(view)) return;
+    pixels = nhwc_view(arena.take<char>(bytes), view.dtype, view.n, view.c, view.h, view.w);
+  }
+};
+
 template <class T>
 bool activation_is_staged(const WgradPass& pass) {
   return !pass.activation.in_place(compute_dtype<T>()) || wgrad_reads_past<T>(*pass.plan) > 0;
@@ -281,29 +327,18 @@ bool can_pool(const Plan& plan, const TensorView& destination) {
 
 int64_t gather_workspace(const GatherPass& pass, int64_t workers) {
   Arena arena(nullptr);
-  if (pass.plan->packs_source()) {
-    const PackedBuffers buffers(pass, workers, arena);
-    return arena.used();
-  }
-  return dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    if (pass.plan->algorithm == Algorithm::rows) {
-      const RowsBuffers<decltype(zero)> buffers(pass, workers, arena);
-    } else {
-      const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
-    }
-    return arena.used();
-  });
+  const Detour detour(pass, arena);
+  return arena.used() + direct_workspace(pass, workers);
 }
 
 void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor) {
-  if (pass.plan->packs_source()) return run_packed(pass, workspace, executor);
-  dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    if (pass.plan->algorithm == Algorithm::rows) {
-      run_rows<decltype(zero)>(pass, workspace, executor);
-    } else {
-      run_gather<decltype(zero)>(pass, workspace, executor);
-    }
-  });
+  Arena arena(workspace);
+  const Detour detour(pass, arena);
+  if (detour.pixels.data == nullptr) return run_direct(pass, workspace, executor);
+  GatherPass request = pass;
+  request.destination = detour.pixels;
+  run_direct(request, static_cast<char*>(workspace) + arena.used(), executor);
+  transpose_pixels(detour.pixels, pass.destination, executor);
 }
 
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {

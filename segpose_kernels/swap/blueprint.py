@@ -131,8 +131,8 @@ class Segment:
 class Blueprint:
     """The placement of all values for one signature of inputs.
 
-    With `contiguous` the caller gets results in torch's default memory format: they are written in
-    channels_last like everything else, and transposed at the end.
+    With `contiguous` the caller gets results in torch's default memory format: a convolution writes
+    them so, and what other steps read or write is transposed at the end.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Blueprint:
             (index, self._new_value()) for index in steps.outputs if self._is_transposed(index)
         ]
         # Whether all that the caller gets is in the memory format that is wanted.
-        self.formatted = not contiguous or len(self.results) == len(steps.outputs)
+        self.formatted = not contiguous or all(map(self._is_ours, steps.outputs))
         self.arena: dict[int, int] = {}
         self.arena_bytes = 0
         self.segments = self._segments()
@@ -214,7 +214,16 @@ class Blueprint:
         )
 
     def _is_transposed(self, index: int) -> bool:
-        return self.contiguous and self._is_ours(index)
+        return self.contiguous and self._is_ours(index) and not self._is_contiguous(index)
+
+    def _is_contiguous(self, index: int) -> bool:
+        """Whether a convolution writes it in the memory format that the caller wants."""
+        return (
+            self.contiguous
+            and index in self.steps.outputs
+            and index not in self.steps.readers
+            and self.code[self.steps.writers[index]].kind == "conv"
+        )
 
     def _is_private(self, index: int) -> bool:
         """Whether only steps of ours see it."""
@@ -327,7 +336,8 @@ class Blueprint:
             for segment in self.segments:
                 if segment.step is None and segment.position <= start:
                     home = segment
-            home.new.append((root, self.seen_of(root)))
+            fresh = home.results if self._is_contiguous(root) else home.new
+            fresh.append((root, self.seen_of(root)))
             home.slices += [
                 (index, *place) for index, place in self.views.items() if place[0] == root
             ]
