@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How a line of pixels is cut into register tiles of the row kernels: the cheapest that add up to it. The tallest first
-// would end a line of 14 in 6 + 6 + 2, where 6 + 4 + 4 takes seven eighths of the time: a small tile waits for its
-// sums.
+// How a line of pixels is cut into register tiles of the row kernels: the cheapest that add up to it, which need not be
+// the tallest first: each tile begins and ends, and a low one loads as much as it multiplies.
 #pragma once
 
 #include <algorithm>
@@ -34,10 +33,10 @@ class LineTiles {
   // The tile that so many pixels begin with.
   const RowsTile<T>& first(int64_t pixels) const { return *first_[static_cast<size_t>(std::min(pixels, kLongest))]; }
 
-  // Cycles of a step of a tile: two multiply-adds or two loads a cycle, and sums wait four cycles for themselves.
+  // Cycles of a step of a tile: two multiply-adds or two loads a cycle, in no less than the lowest tiles take.
   static double step_cycles(int64_t mr, double vectors) {
     const auto rows = static_cast<double>(mr);
-    return std::max({0.5 * rows * vectors, 0.5 * (rows + vectors), 4.0});
+    return std::max({0.5 * rows * vectors, 0.5 * (rows + vectors), 2.5});
   }
 
  private:
