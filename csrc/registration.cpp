@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("max_pool2x2_backward(Tensor grad_output, Tensor output, Tensor input, Tensor(a!) grad_input) -> ()");
   m.def("to_contiguous(Tensor input) -> Tensor");
   m.def("allocate_workspace(Tensor like, int bytes) -> Tensor");
-  m.def("allocate_result(Tensor like, int[] shape) -> Tensor");
+  m.def("allocate_result(Tensor like, int[] shape, bool channels_last) -> Tensor");
   // Process-wide settings of the CPU kernels, each returning what it replaces: segpose_kernels/settings.py.
   m.def("set_precision(str name) -> str");
   m.def("set_algorithm(str name) -> str");

@@ -67,7 +67,7 @@ _CPU_SCHEMAS = {
     ),
     "to_contiguous": "(Tensor input) -> Tensor",
     "allocate_workspace": "(Tensor like, int bytes) -> Tensor",
-    "allocate_result": "(Tensor like, int[] shape) -> Tensor",
+    "allocate_result": "(Tensor like, int[] shape, bool channels_last) -> Tensor",
     "choose_algorithm": (
         "(int[] problem, str pass_name, str dtype, str precision, bool prepared, str algorithm) "
         "-> ()"

@@ -40,7 +40,7 @@ class _MaxPool2x2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        y: Tensor = torch.ops.segpose.allocate_result(x, (n, c, h // 2, w // 2))
+        y: Tensor = torch.ops.segpose.allocate_result(x, (n, c, h // 2, w // 2), True)
         torch.ops.segpose.max_pool2x2(x, y)
         ctx.save_for_backward(x, y)
         return y
@@ -55,7 +55,7 @@ class _MaxPool2x2(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         if grad.stride(1) != 1:  # torch calls a format by both names where an extent is 1
             grad = torch.empty_like(y).copy_(grad)
-        grad_input: Tensor = torch.ops.segpose.allocate_result(x, x.shape)
+        grad_input: Tensor = torch.ops.segpose.allocate_result(x, x.shape, True)
         torch.ops.segpose.max_pool2x2_backward(grad, y, x, grad_input)
         return grad_input
 

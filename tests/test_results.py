@@ -30,11 +30,13 @@ def _nothing_kept() -> Iterator[None]:
     release_workspace()
 
 
-def layer() -> tuple[nn.Sequential, Tensor]:
+def layer(
+    memory_format: torch.memory_format = torch.channels_last,
+) -> tuple[nn.Sequential, Tensor]:
     """One whose result takes exactly `LEAST` bytes."""
     module = nn.Sequential(nn.Conv2d(2, 32, 1), nn.ReLU()).eval()
     optimize(module, mode="inference")
-    x = torch.randn(1, 2, 512, 512).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 2, 512, 512).to(memory_format=memory_format)
     with torch.no_grad():
         module(x)  # the first run shows the shapes
     return module, x
@@ -46,13 +48,14 @@ def expected(module: nn.Sequential, x: Tensor) -> Tensor:
     return result.relu()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("inference_mode", [False, True])
-def test_memory_is_used_again(inference_mode: bool) -> None:
-    module, x = layer()
+def test_memory_is_used_again(inference_mode: bool, memory_format: torch.memory_format) -> None:
+    module, x = layer(memory_format)
     with torch.inference_mode(inference_mode), torch.no_grad():
         y = module(x)
         assert y.nbytes == LEAST
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=memory_format)
         place = y.data_ptr()
         del y
         other = torch.randn_like(x)

@@ -27,12 +27,12 @@ Tensor allocate_result(const Tensor& like, const Ints& shape, bool channels_last
 
 namespace {
 
-Tensor allocate_channels_last(const Tensor& like, Ints shape) {
+Tensor allocate_checked(const Tensor& like, Ints shape, bool channels_last) {
   STD_TORCH_CHECK(shape.size() == 4, "segpose: shape must have 4 extents, got ", shape.size());
   for (const int64_t extent : shape) {
     STD_TORCH_CHECK(extent >= 0, "segpose: extents of shape must not be negative, got ", extent);
   }
-  return allocate_result(like, shape, true);
+  return allocate_result(like, shape, channels_last);
 }
 
 int64_t release_workspace() { return WorkspacePool::instance().clear(); }
@@ -40,7 +40,7 @@ int64_t release_workspace() { return WorkspacePool::instance().clear(); }
 }  // namespace
 }  // namespace segpose
 
-STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) { m.impl("allocate_result", TORCH_BOX(&segpose::allocate_channels_last)); }
+STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) { m.impl("allocate_result", TORCH_BOX(&segpose::allocate_checked)); }
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("release_workspace", TORCH_BOX(&segpose::release_workspace));

@@ -39,7 +39,7 @@ class Frame:
         self.like = {
             seen.dtype: torch.empty(0, dtype=seen.dtype)
             for segment in blueprint.segments
-            for _, seen in segment.new
+            for _, seen in (*segment.new, *segment.results)
         }
         self.forms: list[weakref.ref[Form]] = []
         self.codes: list[list[int]] = []
@@ -59,12 +59,16 @@ class Frame:
                 views[index] = whole.narrow(1, first, channels)
         return views
 
-    def _allocate(self, seen: Seen) -> Tensor:
-        if seen.bytes < _LARGE:
-            # With caches full of other things half the time of an empty in channels_last.
-            return torch.empty_strided(seen.shape, seen.strides, dtype=seen.dtype)
-        result: Tensor = torch.ops.segpose.allocate_result(self.like[seen.dtype], seen.shape)
-        return result
+    def _allocate(self, seen: Seen, *, channels_last: bool) -> Tensor:
+        if seen.bytes >= _LARGE:
+            result: Tensor = torch.ops.segpose.allocate_result(
+                self.like[seen.dtype], seen.shape, channels_last
+            )
+            return result
+        if not channels_last:
+            return torch.empty(seen.shape, dtype=seen.dtype)
+        # With caches full of other things half the time of an empty in channels_last.
+        return torch.empty_strided(seen.shape, seen.strides, dtype=seen.dtype)
 
     def _hold(self) -> list[Form]:
         """The layers' forms as Python sees the weights now; what is returned keeps them alive."""
@@ -110,11 +114,11 @@ class Frame:
                     if see(values[index]) != expected:
                         return self._finish(segment.position, values)
                 for index, seen in segment.new:
-                    values[index] = self._allocate(seen)
+                    values[index] = self._allocate(seen, channels_last=True)
                 for index, root, first, channels in segment.slices:
                     values[index] = values[root].narrow(1, first, channels)
                 for index, seen in segment.results:
-                    values[index] = torch.empty(seen.shape, dtype=seen.dtype)
+                    values[index] = self._allocate(seen, channels_last=False)
                 tensors = [values[index] for index in segment.used]
                 while not self.run_steps(self.codes[number], tensors):
                     # What Python does not see has changed: memory, or the number of threads.
