@@ -16,10 +16,13 @@ constexpr double kGatherCycles = 7;
 constexpr double kSegmentCycles = 12;
 constexpr double kNarrowWgrad = 1.8;
 // Splits of a wgrad over bands of rows: most of them, values of their partial sums, and the fewest pixels of one, whose
-// products outweigh adding up another split.
+// products outweigh adding up another split. The first few, which keep threads from idling, need fewer: Keypoint
+// R-CNN's wgrad, 1,568 pixels, took 13.1 ms in one and 8.4 ms in several (Zen 3, two threads).
 constexpr int64_t kMostSplits = 24;
 constexpr int64_t kPartialValues = 1 << 20;
 constexpr int64_t kSplitPixels = 1 << 10;
+constexpr int64_t kFirstSplits = 4;
+constexpr int64_t kFirstSplitPixels = 1 << 8;
 // Cycles of a sum of a wgrad over bands of rows that every band reads and writes beyond L2: 16 bands of 2 M sums took
 // 42 ms where igemm takes 12 (Zen 3, two threads).
 constexpr double kSumCycles = 5;
@@ -250,7 +253,8 @@ double direct_wgrad_cycles(const Plan& plan, const Widths& widths) {
 int64_t rows_wgrad_splits(const ConvProblem& problem, const RowsPlan& rows, int64_t values) {
   const int64_t blocks = ceil_div(problem.n, rows.images) * ceil_div(problem.p, rows.rows);
   const int64_t pixels = problem.n * problem.p * problem.q;
-  return std::max<int64_t>(std::min({kMostSplits, blocks, kPartialValues / values, pixels / kSplitPixels}), 1);
+  const int64_t worth = std::max(pixels / kSplitPixels, std::min(pixels / kFirstSplitPixels, kFirstSplits));
+  return std::max<int64_t>(std::min({kMostSplits, blocks, kPartialValues / values, worth}), 1);
 }
 
 double rows_wgrad_cycles(const Plan& plan, const RowsPlan& rows, const PhaseRuns& merged, const Widths& widths) {
