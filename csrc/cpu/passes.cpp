@@ -186,8 +186,8 @@ void run_direct(const GatherPass& pass, void* workspace, const Executor& executo
 // apart, and a Winograd tile has four in a row. The pass writes channels_last then, and what it wrote is transposed: 45
 // instead of 73 ms for U-Net's last upsampling, 6.5 instead of 10 for DCGAN's fourth layer (Zen 3, 2 threads).
 struct Detour {
-  // Beyond this, one more copy of the result is too much memory.
-  static constexpr int64_t kMostBytes = int64_t{64} << 20;
+  // Beyond what is kept of workspaces (workspace.h), one more copy of the result is too much memory.
+  static constexpr int64_t kMostBytes = int64_t{256} << 20;
 
   TensorView pixels;  // without data where the pass writes the destination itself
 
