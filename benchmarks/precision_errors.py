@@ -11,7 +11,6 @@ gradient and weight gradient, the largest of the three.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import segpose_kernels
 from segpose_kernels import _plan
+from segpose_kernels.testing.forced import forced
 
 LAYERS = (
     ("3x3, 64 to 64, 64x64", (1, 64, 64, 64), (64, 64, 3, 3)),
@@ -36,15 +36,6 @@ standard normal inputs; instruction set: {isa}. `segpose_kernels.precision(mode)
 switches choose the mode. A dash: the algorithm does not run there. Made by
 `python benchmarks/precision_errors.py`.
 """
-
-
-@contextmanager
-def forced(algorithm: str) -> Iterator[None]:
-    previous = torch.ops.segpose.set_algorithm(algorithm)
-    try:
-        yield
-    finally:
-        torch.ops.segpose.set_algorithm(previous)
 
 
 def passes(function: object, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:

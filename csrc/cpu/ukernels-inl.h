@@ -7,9 +7,9 @@
 // Accumulators must become registers: every loop over a register tile is unrolled whole.
 #define SEGPOSE_UNROLL _Pragma("GCC unroll 16")
 #define SEGPOSE_KEEP_LOOP _Pragma("GCC unroll 1")
-// Steps of a GEMM that run without a branch. A processor that shares its core with a busy neighbour starts three
-// instructions a cycle: with 12 multiply-adds in 25 instructions AVX2 reached 66 of 96 GF/s, with 12 in 21 it reaches
-// 77 (Zen 3). AVX-512 has 28 in 33 without.
+// Steps of a GEMM that run without a branch. On a core shared with a busy neighbour the number of instructions decides:
+// with 12 multiply-adds in 25 of them AVX2 reached 66 of 96 GF/s, with 12 in 21 it reaches 77 (Zen 3). A tile of
+// AVX-512 has 28 in about 33 anyway.
 #if SEGPOSE_VECTOR_BYTES == 32
 #define SEGPOSE_UNROLL_STEPS _Pragma("GCC unroll 4")
 #else
