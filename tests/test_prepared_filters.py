@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import inference_models as nets
 import pytest
@@ -263,6 +265,28 @@ def test_memory_is_given_back(how: str) -> None:
     for handle in handles:
         with pytest.raises(RuntimeError, match="no prepared convolution"):
             torch.ops.segpose.prepared_info(handle)
+
+
+def test_a_form_that_goes_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may look while the filter is freed: it must not get the form any more."""
+    release = torch.ops.segpose.release_prepared.default
+    references: dict[int, weakref.ref[Form]] = {}
+    found = []
+
+    def look(handle: int) -> None:
+        found.append(references[handle]())
+        release(handle)
+
+    monkeypatch.setattr(torch.ops.segpose, "release_prepared", SimpleNamespace(default=look))
+    model = network().eval()
+    report = optimize(model, mode="inference")[1]
+    with torch.no_grad():
+        model(torch.randn(IMAGE))
+    references |= {form.handle: weakref.ref(form) for form in forms_of(model)}
+    assert report.filters is not None
+    report.filters.clear()
+    gc.collect()
+    assert found == [None] * len(references)
 
 
 def test_weights_made_in_inference_mode() -> None:

@@ -82,8 +82,10 @@ class Form:
         output_shape: Shape,
     ) -> None:
         self.handle = handle
-        # Looked up now: at the interpreter's exit torch's modules may be gone before this object.
-        self._release = torch.ops.segpose.release_prepared.default
+        # Not by __del__: while that runs, another thread may still get this object from a weak
+        # reference, without what it held.
+        released = weakref.finalize(self, torch.ops.segpose.release_prepared.default, handle)
+        released.atexit = False
         self.weight = weight
         self.bias = bias
         self.weight_version = weight._version
@@ -103,9 +105,6 @@ class Form:
             and (bias is None or self.bias_version == bias._version)
             and (self.precision is None or self.precision == precision)
         )
-
-    def __del__(self) -> None:
-        self._release(self.handle)
 
 
 class FilterCache:
@@ -156,18 +155,26 @@ class FilterCache:
         """
         precision = backends.cpu_float32_precision()
         key = shape, geometry, slope
-        forms = self._layers.get(layer)
-        form = forms.get(key) if forms is not None else None
+        form = self._current(layer, weight, bias, key, precision)
+        if form is not None or min(output_shape(weight, shape, geometry)) < 1:
+            return form
+        with self._lock:
+            # Another thread may have prepared it since.
+            form = self._current(layer, weight, bias, key, precision)
+            return form or self._prepare(layer, weight, bias, key, precision)
+
+    def _current(
+        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, precision: str
+    ) -> Form | None:
+        """What is held for a layer as it is now. Takes no lock: tables are replaced as a whole."""
+        form = self._layers.get(layer, {}).get(key)
         if (
             form is not None
             and form.matches(weight, bias, precision)
             and first_stale((form.handle,)) < 0
         ):
             return form
-        if min(output_shape(weight, shape, geometry)) < 1:
-            return None
-        with self._lock:
-            return self._prepare(layer, weight, bias, key, precision)
+        return None
 
     def _prepare(
         self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, precision: str
