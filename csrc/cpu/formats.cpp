@@ -43,10 +43,14 @@ template <class T>
 void transpose_images(const TensorView& in, const TensorView& out, const Executor& executor) {
   // Pixels of a task; a multiple of every vector.
   constexpr int64_t kPixels = 512;
+  // Waking the others takes longer than so many values.
+  constexpr int64_t kAloneValues = 16 << 10;
   const int64_t pixels = in.h * in.w;
   const int64_t pieces = ceil_div(pixels, kPixels);
   const int64_t step = in.w > 1 ? in.stride_w : in.stride_h;
-  for_each_task(executor, in.n * pieces, [&](int64_t task, int64_t) {
+  Executor chosen = executor;
+  if (in.n * pixels * in.c <= kAloneValues) chosen.workers = 1;
+  for_each_task(chosen, in.n * pieces, [&](int64_t task, int64_t) {
     const int64_t n = task / pieces;
     const int64_t first = task % pieces * kPixels;
     const int64_t count = std::min(pixels - first, kPixels);

@@ -42,12 +42,12 @@ struct Scratch {
   }
 };
 
-// Destination rows in place where the layout allows, else rows of the tile buffer; rows past `count` always land there.
+// Destination rows in place where the layout allows, else rows of the tile buffer; those of `rows` past `count` always
+// land there.
 template <class T>
-void set_out_rows(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t count, int64_t channel,
-                  int64_t width, bool direct) {
-  const int64_t block_m = scratch.rows.step;
-  for (int64_t m = 0; m < block_m; ++m) {
+void set_out_rows(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t count, int64_t rows,
+                  int64_t channel, int64_t width, bool direct) {
+  for (int64_t m = 0; m < rows; ++m) {
     scratch.out[m] = direct && m < count ? launch.destination.template as<T>() + scratch.rows.offsets[m] + channel
                                          : scratch.tile + m * width;
   }
@@ -74,7 +74,7 @@ void list_taps(const Reduction<T>& reduction, const T* zeros, int64_t mr, int64_
     for (int64_t tap = 0; tap < reduction.taps; ++tap) {
       const T* const* sources = reduction.sources + tap * reduction.step + row;
       bool used = false;
-      for (int64_t m = 0; m < mr; ++m) used |= sources[m] != zeros;
+      for (int64_t m = 0; m < std::min(mr, rows - row); ++m) used |= sources[m] != zeros;
       if (used) list[count++] = static_cast<int32_t>(tap);
     }
     scratch.tap_counts[row] = count;
@@ -109,7 +109,7 @@ void run_panel(const GemmTile<T>& tile, const Reduction<T>& reduction, const T* 
       call.partial_in = chunk > 0 ? partial : nullptr;
       call.partial_out = chunk + 1 < chunks ? partial : nullptr;
       call.out = scratch.out + row;
-      tile.run(call);
+      tile.run_rows(call, rows - row);
     }
   }
 }
@@ -136,7 +136,10 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
     }
     reduction = {scratch.flat, scratch.rows.step, taps == 0 ? 0 : 1, taps * channels, 0, plan.k_chunk};
   } else {
-    fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, scratch.rows);
+    int64_t rows = 0;
+    for (int i = 0; i < kernels.gemm_tiles; ++i) rows = std::max(rows, kernels.gemm[i].rows_read(block.count));
+    fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, rows,
+                   scratch.rows);
   }
   int64_t listed = 0;
   GemmArgs<T> args{};
@@ -148,7 +151,7 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
     if (tile.mr != listed) list_taps(reduction, launch.zeros, tile.mr, block.count, scratch);
     listed = tile.mr;
     const int64_t channel = block.group * plan.columns() + panel.column;
-    set_out_rows(launch, scratch, block.count, channel, panel.nr, direct);
+    set_out_rows(launch, scratch, block.count, tile.rows_read(block.count), channel, panel.nr, direct);
     args.columns = panel.columns;
     args.bias = launch.bias == nullptr ? nullptr : launch.bias + block.group * plan.padded_columns() + panel.column;
     const T* packed = launch.packed + launch.layout->phase_offset(block.phase) +

@@ -157,6 +157,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
     }
     if (choice.takes(Algorithm::rows, cycles)) {
       plan.rows = rows;
+      set_spans(plan.rows, plan.problem, plan.phases, depth);
       plan.panels = panels;
     }
   }

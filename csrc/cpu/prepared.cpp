@@ -212,9 +212,10 @@ void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, co
   STD_TORCH_CHECK(to_dtype(weight) == conv.plan.dtype,
                   "segpose: the dtype of weight has changed since it was prepared");
   // Waking the others takes some microseconds.
-  constexpr double kAloneCycles = 30e3;
+  constexpr double kAloneCycles = 12e3;
+  constexpr double kByteCycles = 0.05;  // of operands that may come from beyond L2
   Executor executor = torch_executor();
-  if (conv.plan.cycles < kAloneCycles) executor.workers = 1;
+  if (conv.plan.cycles + kByteCycles * conv.plan.bytes < kAloneCycles) executor.workers = 1;
   const Tensor* bias = conv.bias.has_value() ? &conv.bias->tensor() : nullptr;
   const GatherPass request{&conv.plan,
                            {view_of(input), nullptr},

@@ -49,14 +49,13 @@ void fill_offsets(const Phase& phase, const TensorView& destination, int64_t fir
     const int64_t start = destination.offset(n, phase.oh + row * phase.ostep_h, phase.ow + col * phase.ostep_w);
     for (int64_t i = 0; i < run; ++i) table.offsets[m + i] = start + i * phase.ostep_w * destination.stride_w;
   });
-  for (int64_t m = count; m < table.step; ++m) table.offsets[m] = 0;
 }
 
-// Fills rows [0, step) for the destination pixels first .. first + count - 1 of the phase. Taps outside the source and
-// rows past `count` point to `zeros`.
+// Fills `rows` for the destination pixels first .. first + count - 1 of the phase. Taps outside the source and rows
+// past `count` point to `zeros`.
 template <class T>
 void fill_row_table(const Phase& phase, const TensorView& source, const TensorView& destination, const T* zeros,
-                    int64_t first, int64_t count, const RowTable<T>& table) {
+                    int64_t first, int64_t count, int64_t rows, const RowTable<T>& table) {
   fill_offsets(phase, destination, first, count, table);
   const int64_t taps = static_cast<int64_t>(phase.taps.size());
   const T* data = source.as<T>();
@@ -77,7 +76,7 @@ void fill_row_table(const Phase& phase, const TensorView& source, const TensorVi
       }
     }
   });
-  for (int64_t m = count; m < table.step; ++m) {
+  for (int64_t m = count; m < rows; ++m) {
     for (int64_t t = 0; t < taps; ++t) table.sources[t * table.step + m] = zeros;
   }
 }

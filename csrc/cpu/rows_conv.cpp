@@ -31,27 +31,12 @@ struct Scratch {
   }
 };
 
-// Where the runs of every phase lie in a band, for the first group.
-struct RunOffsets {
-  std::vector<std::vector<int64_t>> offsets;
-  std::vector<int64_t> depth;
-
-  RunOffsets(const Plan& plan, int64_t channels) {
-    for (const Phase& phase : plan.phases) {
-      const PhaseRuns merged = merge_taps(phase, plan.problem.groups == 1);
-      std::vector<int64_t>& list = offsets.emplace_back();
-      for (const Run& run : merged.runs) list.push_back(run_offset(plan.rows, run, channels));
-      depth.push_back(merged.taps * plan.depth());
-    }
-  }
-};
-
 // One phase and panel of a task.
 template <class T>
 class PanelRows {
  public:
-  PanelRows(const RowsLaunch<T>& launch, const RunOffsets& runs, const PanelTiles<T>& tiles, Scratch<T>& scratch,
-            size_t phase, const Panel& panel, int64_t group)
+  PanelRows(const RowsLaunch<T>& launch, const PanelTiles<T>& tiles, Scratch<T>& scratch, size_t phase,
+            const Panel& panel, int64_t group)
       : launch_(launch),
         tiles_(tiles.of(panel.nr)),
         scratch_(scratch),
@@ -59,9 +44,10 @@ class PanelRows {
         panel_(panel) {
     const Plan& plan = *launch.plan;
     source_channel_ = group * plan.depth();
-    args_.runs = runs.offsets[phase].data();
-    args_.count = static_cast<int64_t>(runs.offsets[phase].size());
-    args_.depth = runs.depth[phase];
+    const PhaseSpan& span = plan.rows.phases[phase];
+    args_.runs = plan.rows.offsets.data() + span.first;
+    args_.count = span.count;
+    args_.depth = span.depth;
     args_.columns = panel.columns;
     const auto index = static_cast<int64_t>(phase);
     args_.b =
@@ -138,23 +124,28 @@ class PanelRows {
   bool direct_;
 };
 
+// A band of the source, and the panels of all groups that are computed from it.
+struct RowsTask {
+  int64_t image, row;
+  int64_t panel_begin, panel_end;
+};
+
 template <class T>
-void run_task(const RowsLaunch<T>& launch, const RunOffsets& runs, const PanelTiles<T>& tiles, int64_t image,
-              int64_t row, Scratch<T>& scratch) {
+void run_task(const RowsLaunch<T>& launch, const PanelTiles<T>& tiles, const RowsTask& task, Scratch<T>& scratch) {
   const Plan& plan = *launch.plan;
-  const int64_t images = std::min(plan.rows.images, plan.problem.n - image);
-  scratch.band.load(ukernels<T>(plan.isa), image, images, row);
+  const int64_t images = std::min(plan.rows.images, plan.problem.n - task.image);
+  const auto panels = static_cast<int64_t>(plan.panels.size());
+  scratch.band.load(ukernels<T>(plan.isa), task.image, images, task.row);
   std::vector<PanelRows<T>> phases;
-  for (int64_t group = 0; group < plan.problem.groups; ++group) {
-    for (const Panel& panel : plan.panels) {
-      phases.clear();
-      for (size_t p = 0; p < plan.phases.size(); ++p)
-        phases.emplace_back(launch, runs, tiles, scratch, p, panel, group);
-      // The filter of all phases stays in L1, and with a few rows at a time the source does.
-      const int64_t step = panel.dots ? 1 : plan.rows.rows;
-      for (int64_t first = 0; first < plan.rows.rows; first += step) {
-        for (PanelRows<T>& phase : phases) phase.run(image, images, row, first, step);
-      }
+  phases.reserve(plan.phases.size());
+  for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
+    const Panel& panel = plan.panels[static_cast<size_t>(p % panels)];
+    phases.clear();
+    for (size_t i = 0; i < plan.phases.size(); ++i) phases.emplace_back(launch, tiles, scratch, i, panel, p / panels);
+    // The filter of all phases stays in L1, and with a few rows at a time the source does.
+    const int64_t step = panel.dots ? 1 : plan.rows.rows;
+    for (int64_t first = 0; first < plan.rows.rows; first += step) {
+      for (PanelRows<T>& phase : phases) phase.run(task.image, images, task.row, first, step);
     }
   }
 }
@@ -174,13 +165,20 @@ void launch_rows(const RowsLaunch<T>& launch, const Executor& executor) {
   int64_t most_rows = 0;
   for (const Phase& phase : plan.phases) most_rows = std::max(most_rows, phase.rows);
   const int64_t bands = ceil_div(most_rows, plan.rows.rows);
+  const int64_t tasks = ceil_div(plan.problem.n, plan.rows.images) * bands;
+  const int64_t panels = static_cast<int64_t>(plan.panels.size()) * plan.problem.groups;
+  // Workers without a band take some of the panels; each stages the band for itself.
+  const int64_t parts = std::clamp(executor.workers / tasks, int64_t{1}, panels);
   const int64_t scratch_bytes = rows_scratch<T>(plan, launch.source);
-  const RunOffsets runs(plan, launch.source.view.c);
   const PanelTiles<T>& tiles = panel_tiles<T>(plan.isa);
-  for_each_task(executor, ceil_div(plan.problem.n, plan.rows.images) * bands, [&](int64_t task, int64_t worker) {
+  for_each_task(executor, tasks * parts, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, launch.source, arena);
-    run_task(launch, runs, tiles, task / bands * plan.rows.images, task % bands * plan.rows.rows, scratch);
+    const int64_t band = task / parts, part = task % parts;
+    run_task(launch, tiles,
+             {band / bands * plan.rows.images, band % bands * plan.rows.rows, panels * part / parts,
+              panels * (part + 1) / parts},
+             scratch);
   });
 }
 

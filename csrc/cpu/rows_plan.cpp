@@ -76,4 +76,13 @@ RowsPlan plan_rows(const ConvProblem& problem, const std::vector<Phase>& phases,
   return plan;
 }
 
+void set_spans(RowsPlan& plan, const ConvProblem& problem, const std::vector<Phase>& phases, int64_t depth) {
+  for (const Phase& phase : phases) {
+    const PhaseRuns merged = merge_taps(phase, problem.groups == 1);
+    plan.phases.push_back(
+        {static_cast<int64_t>(plan.offsets.size()), static_cast<int64_t>(merged.runs.size()), merged.taps * depth});
+    for (const Run& run : merged.runs) plan.offsets.push_back(run_offset(plan, run, depth * problem.groups));
+  }
+}
+
 }  // namespace segpose

@@ -150,12 +150,52 @@ SEGPOSE_INLINE void prefetch_result_row(const T* row) {
   for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 1);
 }
 
+// A sum waits four cycles for the one before it, while two multiply-adds start in each cycle: a tile of fewer than
+// eight vectors takes steps in turns into several sets of sums.
+template <int MR, int NV>
+constexpr int sum_sets() {
+  return MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
+}
+
+// Into the first.
+template <class T, int MR, int NV, int Sets>
+SEGPOSE_INLINE void add_sets(typename Simd<T>::Vector (&sums)[Sets][MR][NV]) {
+  SEGPOSE_UNROLL
+  for (int set = 1; set < Sets; ++set) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < NV; ++v) sums[0][m][v] += sums[set][m][v];
+    }
+  }
+}
+
+template <class T, int MR, int NV>
+SEGPOSE_INLINE void gemm_step(const T* const (&a)[MR], int64_t step, const T* b,
+                              typename Simd<T>::Vector (&sums)[MR][NV]) {
+  constexpr int kLength = Simd<T>::kLength;
+  typename Simd<T>::Vector row[NV];
+  SEGPOSE_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    row[v] = load<T>(b + v * kLength);
+    if constexpr (kPrefetchSteps > 0) __builtin_prefetch(b + (v + kPrefetchSteps * NV) * kLength);
+  }
+  SEGPOSE_UNROLL
+  for (int m = 0; m < MR; ++m) {
+    const T value = a[m][step];
+    SEGPOSE_UNROLL
+    for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+  }
+}
+
 // MR rows by NV vectors of accumulators stay in registers; each step broadcasts MR values and loads NV vectors.
 template <class T, int MR, int NV>
 void gemm_tile(const GemmArgs<T>& args) {
   constexpr int kLength = Simd<T>::kLength;
+  constexpr int kSets = sum_sets<MR, NV>();
   using Vector = typename Simd<T>::Vector;
-  Vector sums[MR][NV] = {};
+  Vector all_sums[kSets][MR][NV] = {};
+  Vector(&sums)[MR][NV] = all_sums[0];
   if (args.partial_out == nullptr) {
     SEGPOSE_UNROLL
     for (int m = 0; m < MR; ++m) prefetch_result_row<T, NV>(args.out[m]);
@@ -166,23 +206,17 @@ void gemm_tile(const GemmArgs<T>& args) {
     const T* a[MR];
     SEGPOSE_UNROLL
     for (int m = 0; m < MR; ++m) a[m] = args.a[tap * args.a_step + m] + args.a_offset;
-    SEGPOSE_UNROLL_STEPS
-    for (int64_t step = 0; step < args.depth; ++step) {
-      Vector row[NV];
-      SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        row[v] = load<T>(b + v * kLength);
-        if constexpr (kPrefetchSteps > 0) __builtin_prefetch(b + (v + kPrefetchSteps * NV) * kLength);
-      }
-      SEGPOSE_UNROLL
-      for (int m = 0; m < MR; ++m) {
-        const T value = a[m][step];
+    int64_t step = 0;
+    if constexpr (kSets > 1) {
+      for (; step + kSets <= args.depth; step += kSets) {
         SEGPOSE_UNROLL
-        for (int v = 0; v < NV; ++v) sums[m][v] += value * row[v];
+        for (int set = 0; set < kSets; ++set, b += NV * kLength) gemm_step<T, MR, NV>(a, step + set, b, all_sums[set]);
       }
-      b += NV * kLength;
     }
+    SEGPOSE_UNROLL_STEPS
+    for (; step < args.depth; ++step, b += NV * kLength) gemm_step<T, MR, NV>(a, step, b, sums);
   }
+  add_sets<T, MR, NV>(all_sums);
   // Chunks are summed apart and then added: fewer roundings in a row than one long sum.
   if (args.partial_in != nullptr) {
     SEGPOSE_UNROLL
@@ -248,13 +282,6 @@ SEGPOSE_INLINE PixelSteps pixel_steps(int64_t step) {
   return {bytes, bytes + two, bytes + four, bytes + six, bytes + 2 * four, bytes + six + four, bytes + 2 * six};
 }
 
-// A sum waits four cycles for the one before it, while two multiply-adds start in each cycle: a tile of fewer than
-// eight vectors takes steps in turns into several sets of sums.
-template <int MR, int NV>
-constexpr int sum_sets() {
-  return MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
-}
-
 template <class T, int MR, int NV>
 SEGPOSE_INLINE void rows_step(const T* a, const T* b, const PixelSteps& steps,
                               typename Simd<T>::Vector (&sums)[MR][NV]) {
@@ -295,14 +322,7 @@ void rows_tile(const RowsArgs<T>& args) {
       rows_step<T, MR, NV>(a, b, steps, sums[0]);
     }
   }
-  SEGPOSE_UNROLL
-  for (int set = 1; set < kSets; ++set) {
-    SEGPOSE_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      SEGPOSE_UNROLL
-      for (int v = 0; v < NV; ++v) sums[0][m][v] += sums[set][m][v];
-    }
-  }
+  add_sets<T, MR, NV>(sums);
   T* out[MR];
   SEGPOSE_UNROLL
   for (int m = 0; m < MR; ++m) out[m] = args.out + m * args.out_step;
@@ -419,7 +439,11 @@ void depthwise_wgrad_row(const WgradArgs<T>& args, int64_t channels) {
 
 template <class T, int MR, int NV>
 constexpr GemmTile<T> gemm_entry() {
-  return {MR, NV * Simd<T>::kLength, gemm_tile<T, MR, NV>};
+  static_assert(kLowGemmTiles == 3);
+  return {MR,
+          NV * Simd<T>::kLength,
+          gemm_tile<T, MR, NV>,
+          {gemm_tile<T, kLowGemmRows[0], NV>, gemm_tile<T, kLowGemmRows[1], NV>, gemm_tile<T, kLowGemmRows[2], NV>}};
 }
 
 template <class T, int MR, int NV>

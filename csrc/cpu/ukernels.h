@@ -30,11 +30,36 @@ struct GemmArgs {
   T negative_slope;
 };
 
+// The rows left at the end of a block run in the lowest of the tiles that holds them.
+constexpr int kLowGemmTiles = 3;
+constexpr int kLowGemmRows[kLowGemmTiles] = {1, 2, 4};
+
 template <class T>
 struct GemmTile {
   int mr;
   int nr;
   void (*run)(const GemmArgs<T>&);
+  void (*low[kLowGemmTiles])(const GemmArgs<T>&);
+
+  // Position in `low` of the tile for the last `rows` of a block; kLowGemmTiles for the tall one.
+  int low_tile(int64_t rows) const {
+    int i = 0;
+    while (i < kLowGemmTiles && rows > kLowGemmRows[i]) ++i;
+    return i < kLowGemmTiles && kLowGemmRows[i] < mr ? i : kLowGemmTiles;
+  }
+
+  void run_rows(const GemmArgs<T>& args, int64_t rows) const {
+    const int i = low_tile(rows);
+    (i < kLowGemmTiles ? low[i] : run)(args);
+  }
+
+  // Rows that the tiles of a block of so many read, real or not.
+  int64_t rows_read(int64_t rows) const {
+    const int64_t last = rows % mr;
+    if (last == 0) return rows;
+    const int i = low_tile(last);
+    return rows - last + (i < kLowGemmTiles ? kLowGemmRows[i] : mr);
+  }
 };
 
 // The same for pixels at equal distances: C[m][nr] = sum over runs and depth of a[runs[i] + m * a_step + d] *
