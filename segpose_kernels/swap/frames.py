@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..backends import cpu_float32_precision
 from .blueprint import Blueprint, Seen, see
+from .eligible import Fused
 from .filters import FilterCache, Form
 from .layout import contiguous_values
 from .pieces import tensors_of
 from .steps import Steps, fill
+from .unchanged import Unchanged
 
 # Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
 _LARGE = 32 << 20
@@ -43,6 +45,10 @@ class Frame:
         }
         self.forms: list[weakref.ref[Form]] = []
         self.codes: list[list[int]] = []
+        # What the forms were made from.
+        self.precision = ""
+        self.unchanged = Unchanged()
+        self.folded: list[tuple[Fused, weakref.ref[Form]]] = []
         self.run_steps = torch.ops.segpose.run_steps.default
 
     def _views(self) -> list[Tensor | None]:
@@ -72,26 +78,36 @@ class Frame:
 
     def _hold(self) -> list[Form]:
         """The layers' forms as Python sees the weights now; what is returned keeps them alive."""
-        if not self.codes:
+        if not self.codes or self.precision != cpu_float32_precision() or not self.unchanged.hold():
             return self._prepare()
-        precision = cpu_float32_precision()
         held = []
-        for reference, layer in zip(self.forms, self.blueprint.layers, strict=True):
+        for reference in self.forms:
             form = reference()
-            if form is None or not form.matches(*tensors_of(layer.conv), precision):
+            if form is None:
                 return self._prepare()
             held.append(form)
+        for conv, reference in self.folded:
+            form = reference()
+            if form is None or not form.matches(*tensors_of(conv), self.precision):
+                return self._prepare()
         return held
 
     def _prepare(self) -> list[Form]:
         """The layers' forms as the weights and settings are now, and what the kernels take."""
         forms = []
+        self.precision = cpu_float32_precision()
+        self.unchanged = Unchanged()
+        self.folded = []
         for layer in self.blueprint.layers:
             weight, bias = tensors_of(layer.conv)
+            if weight is layer.conv._parameters["weight"]:
+                self.unchanged.parameters(layer.conv)
             form = self.filters.form(
                 layer.conv, weight, bias, layer.shape, layer.geometry, layer.slope
             )
             assert form is not None, "the first run had a result"
+            if weight is not layer.conv._parameters["weight"]:
+                self.folded.append((layer.conv, weakref.ref(form)))
             forms.append(form)
         self.forms = [weakref.ref(form) for form in forms]
         handles = [form.handle for form in forms]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whether what a program was made from is still as it was (csrc/checks.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Unchanged:
+    """Facts about objects, noted while they hold; one native call asks for all of them."""
+
+    def __init__(self) -> None:
+        # Imported here: without a build of the native code everything else of the package works.
+        from .. import _checks
+
+        self._hold = _checks.hold
+        self._same: tuple[Any, ...] = ()
+        self._equal: tuple[Any, ...] = ()
+        self._empty: tuple[Any, ...] = ()
+
+    def same(self, table: dict[str, Any], name: str) -> None:
+        """The table has the object that it has now under that name, or none."""
+        self._same += (table, name, table.get(name))
+
+    def equal(self, owner: Any, name: str, value: Any) -> None:
+        """The attribute equals that value."""
+        # A look into the instance's own table takes half the time, where the class has no say.
+        table = getattr(owner, "__dict__", {})
+        own = name in table and not hasattr(type(owner), name)
+        self._equal += (table if own else owner, name, value)
+
+    def empty(self, containers: Iterable[Container[Any]]) -> None:
+        """They stay empty."""
+        self._empty += tuple(containers)
+
+    def parameters(self, module: nn.Module) -> None:
+        """The module's parameters, and what was written to them through torch."""
+        self.same(vars(module), "_parameters")
+        for name, parameter in module._parameters.items():
+            self.same(module._parameters, name)
+            if isinstance(parameter, Tensor):
+                self.equal(parameter, "_version", parameter._version)
+
+    def hold(self) -> bool:
+        return self._hold(self._same, self._equal, self._empty)
