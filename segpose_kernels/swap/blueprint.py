@@ -47,6 +47,11 @@ class Seen:
         return h * w * c, 1, w * c, c
 
     @functools.cached_property
+    def contiguous_strides(self) -> tuple[int, ...]:
+        _, c, h, w = self.shape
+        return h * w * c, h * w, w, 1
+
+    @functools.cached_property
     def bytes(self) -> int:
         count = self.dtype.itemsize
         for extent in self.shape:

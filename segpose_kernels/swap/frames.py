@@ -71,10 +71,9 @@ class Frame:
                 self.like[seen.dtype], seen.shape, channels_last
             )
             return result
-        if not channels_last:
-            return torch.empty(seen.shape, dtype=seen.dtype)
-        # With caches full of other things half the time of an empty in channels_last.
-        return torch.empty_strided(seen.shape, seen.strides, dtype=seen.dtype)
+        strides = seen.strides if channels_last else seen.contiguous_strides
+        # With caches full of other things half the time of an empty.
+        return torch.empty_strided(seen.shape, strides, dtype=seen.dtype)
 
     def _hold(self) -> list[Form]:
         """The layers' forms as Python sees the weights now; what is returned keeps them alive."""

@@ -73,27 +73,41 @@ class Program:
             self._blueprints = [(signature, blueprint), *others[: SIGNATURES - 1]]
 
     def _take(self, blueprint: Blueprint) -> Frame:
-        with self._lock:
-            for position in reversed(range(len(self._idle))):
-                if self._idle[position].blueprint is blueprint:
-                    return self._idle.pop(position)
+        # The one used last, mostly. A lock would take longer than all of this.
+        try:
+            frame = self._idle.pop()
+        except IndexError:
+            return Frame(blueprint, self.filters)
+        if frame.blueprint is blueprint:
+            return frame
+        self._idle.append(frame)
+        for frame in reversed(self._idle.copy()):
+            if frame.blueprint is blueprint and self._remove(frame):
+                return frame
         return Frame(blueprint, self.filters)
+
+    def _remove(self, frame: Frame) -> bool:
+        """Whether it was idle and nobody else got it. Lists do one thing at a time."""
+        try:
+            self._idle.remove(frame)
+        except ValueError:
+            return False
+        return True
 
     def _give_back(self, frame: Frame) -> None:
         """Keep the frames used last, within the bound."""
-        with self._lock:
-            self._idle.append(frame)
-            kept = 0
-            for position in reversed(range(len(self._idle))):
-                kept += self._idle[position].blueprint.arena_bytes
-                if kept > IDLE_BYTES:
-                    del self._idle[: position + 1]
-                    break
+        self._idle.append(frame)
+        if len(self._idle) == 1 and frame.blueprint.arena_bytes <= IDLE_BYTES:
+            return
+        kept = 0
+        for frame in reversed(self._idle.copy()):
+            kept += frame.blueprint.arena_bytes
+            if kept > IDLE_BYTES:
+                self._remove(frame)
 
     def release(self) -> int:
         """Free the arenas that wait for the next run; gives their bytes."""
-        with self._lock:
-            idle, self._idle = self._idle, []
+        idle, self._idle = self._idle, []
         return sum(frame.blueprint.arena_bytes for frame in idle)
 
     def notes(self) -> dict[str, str]:
