@@ -34,12 +34,22 @@ Answer is_equal(PyObject* owner, PyObject* name, PyObject* value) {
   return equal < 0 ? Answer::error : equal == 1 ? Answer::yes : Answer::no;
 }
 
-// Calls check(first, second, third) for every three items, as long as the answer is yes.
-template <class Check>
-Answer all_of(PyObject* items, const Check& check) {
-  for (Py_ssize_t i = 0; i + 2 < PyTuple_Size(items); i += 3) {
-    const Answer answer =
-        check(PyTuple_GetItem(items, i), PyTuple_GetItem(items, i + 1), PyTuple_GetItem(items, i + 2));
+Answer has_size(PyObject* container, PyObject* size) {
+  const Py_ssize_t found = PyObject_Size(container);
+  if (found < 0) return Answer::error;
+  const Py_ssize_t expected = PyLong_AsSsize_t(size);
+  if (expected == -1 && PyErr_Occurred() != nullptr) return Answer::error;
+  return found == expected ? Answer::yes : Answer::no;
+}
+
+// Calls check with every `Count` of the items, as long as the answer is yes.
+template <Py_ssize_t Count, class Check>
+Answer all_of(PyObject* tuple, const Check& check) {
+  const Py_ssize_t size = PyTuple_Size(tuple);
+  for (Py_ssize_t first = 0; first + Count <= size; first += Count) {
+    PyObject* items[Count];
+    for (Py_ssize_t i = 0; i < Count; ++i) items[i] = PyTuple_GetItem(tuple, first + i);
+    const Answer answer = check(items);
     if (answer != Answer::yes) return answer;
   }
   return Answer::yes;
@@ -50,21 +60,23 @@ PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "hold takes three tuples");
     return nullptr;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_Size(args[2]); ++i) {
-    const Py_ssize_t size = PyObject_Size(PyTuple_GetItem(args[2], i));
-    if (size < 0) return nullptr;
-    if (size > 0) Py_RETURN_FALSE;
+  Answer answer = all_of<2>(args[2], [](PyObject* const(&items)[2]) { return has_size(items[0], items[1]); });
+  if (answer == Answer::yes) {
+    answer = all_of<3>(args[0], [](PyObject* const(&items)[3]) { return is_same(items[0], items[1], items[2]); });
   }
-  Answer answer = all_of(args[0], is_same);
-  if (answer == Answer::yes) answer = all_of(args[1], is_equal);
+  if (answer == Answer::yes) {
+    answer = all_of<3>(args[1], [](PyObject* const(&items)[3]) { return is_equal(items[0], items[1], items[2]); });
+  }
   if (answer == Answer::error) return nullptr;
   return PyBool_FromLong(answer == Answer::yes);
 }
 
 PyMethodDef methods[] = {
     {"hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hold)), METH_FASTCALL,
-     "hold(same, equal, empty): whether table.get(name) is value for the tables, names and values of `same`, one after "
-     "the other, owner[name] or owner.name == value for those of `equal`, and the containers of `empty` are."},
+     "hold(same, equal, sizes): whether table.get(name) is value for the tables, names and values of `same`, one after "
+     "the other, owner[name] or owner.name == value for those of `equal`, and len(container) == size for the "
+     "containers "
+     "and sizes of `sizes`."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_checks", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, float negative_slope, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // Layers that follow each other, in one call: segpose_kernels/chain.py.
-  m.def("conv_chain(Tensor input, Tensor[] parameters, int[] code, float[] slopes) -> Tensor[]");
+  m.def("conv_chain(Tensor input, Tensor[] parameters, int[] code, float[] slopes, bool contiguous) -> Tensor[]");
   m.def(
       "conv_chain_backward(Tensor grad_output, Tensor[] values, Tensor[] parameters, int[] code, float[] slopes, "
       "int[] needs) -> Tensor[]");

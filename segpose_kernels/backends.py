@@ -50,7 +50,10 @@ _CPU_SCHEMAS = {
         f"(Tensor weight, Tensor? bias, int[4] input_shape, {_PAIRS}, bool transposed, "
         "float negative_slope, int max_bytes, int[] donors) -> int"
     ),
-    "conv_chain": "(Tensor input, Tensor[] parameters, int[] code, float[] slopes) -> Tensor[]",
+    "conv_chain": (
+        "(Tensor input, Tensor[] parameters, int[] code, float[] slopes, bool contiguous) "
+        "-> Tensor[]"
+    ),
     "conv_chain_backward": (
         "(Tensor grad_output, Tensor[] values, Tensor[] parameters, int[] code, float[] slopes, "
         "int[] needs) -> Tensor[]"

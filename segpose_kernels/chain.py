@@ -67,8 +67,11 @@ class Chain:
         self.forward = operators.conv_chain.default
         self.backward = operators.conv_chain_backward.default
 
-    def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        y: Tensor = _FusedChain.apply(x, self, *parameters)
+    def __call__(
+        self, x: Tensor, parameters: Sequence[Tensor], *, contiguous: bool = False
+    ) -> Tensor:
+        """The output, in torch's default memory format if `contiguous`."""
+        y: Tensor = _FusedChain.apply(x, self, contiguous, *parameters)
         return y
 
     def values(self, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -122,12 +125,15 @@ class _FusedChain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chain: Chain, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, chain: Chain, contiguous: bool, *parameters: Tensor) -> Tensor:
         with _below_autograd():
-            outputs: list[Tensor] = chain.forward(x, parameters, chain.code, chain.slopes)
+            outputs: list[Tensor] = chain.forward(
+                x, parameters, chain.code, chain.slopes, contiguous
+            )
+        *inner, last = outputs[: len(chain.layers)]
         # Without an activation nobody needs the last output, which the caller may change in place.
-        last = None if chain.slopes[-1] == 1 else outputs[-1]
-        ctx.save_for_backward(x, *parameters, *outputs[:-1], last)
+        needed = None if chain.slopes[-1] == 1 else last
+        ctx.save_for_backward(x, *parameters, *inner, needed)
         ctx.set_materialize_grads(False)
         ctx.chain = chain
         return outputs[-1]
@@ -141,7 +147,7 @@ class _FusedChain(torch.autograd.Function):
         end = len(saved) - len(chain.layers)
         x, parameters, outputs = saved[0], saved[1:end], saved[end:-1]
         last = grad if saved[-1] is None else saved[-1]  # any tensor where it is not read
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             values = chain.values(x, parameters)
@@ -154,7 +160,7 @@ class _FusedChain(torch.autograd.Function):
                     grad, (x, *outputs, last), parameters, chain.code, chain.slopes, needs
                 )
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return grads[0], None, *grads[1:]
+        return grads[0], None, None, *grads[1:]
 
 
 def native_layer(transposed: bool, params: Params, has_bias: bool) -> Layer:

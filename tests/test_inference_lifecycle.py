@@ -24,6 +24,16 @@ pytestmark = [
 ]
 
 
+def test_an_appended_module_is_seen() -> None:
+    model, plain, _ = optimized(nn.Sequential(nets.conv(4, 4), nn.ReLU(), nets.conv(4, 4)).double())
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    assert_same(model, plain, x)
+    for net in (model, plain):
+        net.append(nn.Sigmoid())
+    with torch.no_grad():
+        assert_same(model, plain, x)
+
+
 def test_changes_of_the_model_are_seen() -> None:
     """Hooks, children, attributes and modes set after the program was made."""
     model, plain, _ = optimized(zoo.PoseMachine().double())

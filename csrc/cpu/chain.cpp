@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv.h"
+#include "prepared.h"
 
 namespace segpose {
 namespace {
@@ -42,14 +43,16 @@ std::vector<Layer> layers_of(const Ints& code, const std::vector<double>& slopes
   return layers;
 }
 
-// The output of every layer.
+// The output of every layer; if `contiguous`, then a copy of the last one in torch's default memory format. The
+// backward reads what is in channels_last: it would take longer to transpose the output there.
 std::vector<Tensor> conv_chain(const Tensor& input, std::vector<Tensor> parameters, Ints code,
-                               std::vector<double> slopes) {
+                               std::vector<double> slopes, bool contiguous) {
   std::vector<Tensor> outputs;
   for (const Layer& layer : layers_of(code, slopes, parameters)) {
     const Tensor& source = outputs.empty() ? input : outputs.back();
     outputs.push_back(conv_forward(source, layer.weight, layer.bias, layer.attributes, layer.negative_slope));
   }
+  if (contiguous) outputs.push_back(to_contiguous(outputs.back()));
   return outputs;
 }
 

@@ -6,6 +6,7 @@
 
 #include "formats.h"
 #include "prepared.h"
+#include "results.h"
 
 namespace segpose {
 namespace {
@@ -13,14 +14,6 @@ namespace {
 void check_alike(const TensorView& in, const TensorView& out) {
   STD_TORCH_CHECK(in.dtype == out.dtype && in.n == out.n && in.c == out.c && in.h == out.h && in.w == out.w,
                   "segpose: input and output must have the same shape and dtype");
-}
-
-Tensor to_contiguous(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D");
-  Tensor output = torch::stable::empty({input.size(0), input.size(1), input.size(2), input.size(3)},
-                                       input.scalar_type(), std::nullopt, input.device());
-  write_contiguous(input, output);
-  return output;
 }
 
 }  // namespace
@@ -34,6 +27,13 @@ void write_contiguous(const Tensor& input, Tensor output) {
   STD_TORCH_CHECK(output.is_contiguous(), "segpose: output must be contiguous");
   if (input.numel() == 0) return;
   transpose_pixels(in, out, torch_executor());
+}
+
+Tensor to_contiguous(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D");
+  Tensor output = allocate_result(input, {input.size(0), input.size(1), input.size(2), input.size(3)}, false);
+  write_contiguous(input, output);
+  return output;
 }
 
 void copy_channels(const Tensor& input, Tensor output) {

@@ -18,5 +18,6 @@ void max_pool2x2(const Tensor& input, Tensor output);
 void copy_channels(const Tensor& input, Tensor output);
 // From channels_last to torch's default memory format.
 void write_contiguous(const Tensor& input, Tensor output);
+Tensor to_contiguous(const Tensor& input);
 
 }  // namespace segpose

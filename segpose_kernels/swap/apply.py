@@ -19,6 +19,7 @@ from .hidden import Key
 from .inference import install
 from .journal import Journal, journal_of, layers_of
 from .layout import why_not_channels_last
+from .lines import line_forward
 from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d, fold, fused_module
 from .report import SwapError, SwapReport
 from .rows import report_rows
@@ -282,11 +283,22 @@ def _apply(
 
 
 def _chain(model: nn.Module, journal: Journal, backend: str) -> None:
-    """Convolutions of a Sequential that follow each other become one node of the graph on CPU."""
+    """Convolutions that follow each other become one node of the graph on CPU: those of a
+    Sequential, and of a module that consists of nothing else.
+    """
     if backend not in ("auto", "cpu") or not LIBRARY.has_kernels_for("CPU"):
         return
-    for module in model.modules():
-        if holds_chain(module):
+    # Children first: the forward of a line looks at those of its modules.
+    for module in reversed(list(model.modules())):
+        keeps_format = module is model and journal.report.memory_format == "channels_last"
+        line = None
+        if module is model or not isinstance(module, nn.Sequential):
+            line = line_forward(module, keeps_format=keeps_format)
+        if line is not None:
+            journal.set_forward(module, line)
+            if keeps_format:
+                journal.unhook()  # its results are contiguous already
+        elif holds_chain(module):
             journal.set_forward(module, ChainForward(module))
 
 

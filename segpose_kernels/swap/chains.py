@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from .. import backends, fastest
 from ..chain import Chain, native_layer
-from .eligible import DTYPES, FUSED_TYPES, Fused, has_call_hooks, why_not_plain
+from .eligible import DTYPES, FUSED_TYPES, Fused, why_not_plain
 from .filters import is_unwatched, slope_of
+from .flatten import Guards
 from .forward import OwnForward
+from .layout import is_contiguous
 from .pieces import AbsorbedActivation
+from .unchanged import Unchanged
 
 # A chain keeps all its values until its backward is done; beyond this they would be missed, and the
 # way through Python would not.
@@ -29,25 +32,14 @@ MOST_BYTES = 64 << 20
 # Input shapes that are remembered.
 _MOST_SHAPES = 256
 
-_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+# What a layer of a chain holds of its module, and what decides who runs it.
+_ATTRIBUTES = (
+    *("__class__", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"),
+    *("activation", "negative_slope", "backend"),
+)
 
 
-def _attributes(conv: Fused) -> tuple[Any, ...]:
-    """What a layer of a chain holds of its module, and what decides who runs it."""
-    return (
-        conv.stride,
-        conv.padding,
-        conv.output_padding,
-        conv.dilation,
-        conv.groups,
-        conv.padding_mode,
-        conv.activation,
-        conv.negative_slope,
-        conv.backend,
-    )
-
-
-def _can_join(module: nn.Module) -> bool:
+def can_join(module: nn.Module) -> bool:
     """Whether a fused convolution computes what a layer of a chain does."""
     return (
         isinstance(module, FUSED_TYPES)
@@ -64,13 +56,12 @@ def _is_fusible(slope: float | None) -> bool:
     return isinstance(slope, (float, int)) and math.isfinite(slope)
 
 
-class _Run:
-    """Modules of a Sequential, convolutions and what was absorbed in them, as one chain."""
+class Run:
+    """Modules that follow each other, convolutions and what was absorbed in them, as one chain."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
         self.convs: list[Fused] = [m for m in modules if isinstance(m, FUSED_TYPES)]
-        self.attributes = [_attributes(conv) for conv in self.convs]
         self.has_bias = [conv.bias is not None for conv in self.convs]
         self.chain = Chain(
             [
@@ -78,55 +69,74 @@ class _Run:
                 for c, b in zip(self.convs, self.has_bias, strict=True)
             ]
         )
+        self.guards = Guards()
+        for module in self.modules:
+            self.guards.watch_call(module)
+        for conv in self.convs:
+            for name in _ATTRIBUTES:
+                self.guards.equal(conv, name, getattr(conv, name))
+        # The parameters as they were last found, and what has to hold for them.
+        self.parameters: list[Tensor] = []
+        self.found = Unchanged()
         # By shape and dtype of the input: whether the chain may run.
         self.seen: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        parameters = self._parameters(x)
-        if parameters is None:
-            return self._one_by_one(x)
+        output = self.run(x)
+        if output is not None:
+            return output
+        for module in self.modules:
+            x = module(x)
+        return x
+
+    def run(self, x: Tensor, *, keep_format: bool = False) -> Tensor | None:
+        """The output of the chain, None where it may not run. `keep_format`: of a contiguous input
+        it is contiguous.
+        """
+        if x.__class__ is not Tensor or not x.is_cpu or x.dim() != 4 or not self.guards.hold():
+            return None
+        if not (self.parameters and self.found.hold()) and not self._find_parameters():
+            return None
+        parameters = self.parameters
+        if x.dtype is not parameters[0].dtype:
+            return None
+        if not torch._C._any_requires_grad(x, *parameters):
+            return None
         key = x.shape, x.dtype
         runs = self.seen.get(key)
         if runs is None:
             if len(self.seen) >= _MOST_SHAPES:
                 self.seen.clear()
             runs = self.seen[key] = self._can_run(x)
-        return self.chain(x, parameters) if runs else self._one_by_one(x)
+        if not runs:
+            return None
+        # The strides of an empty result say nothing.
+        contiguous = keep_format and is_contiguous(x) and x.shape[0] > 0
+        return self.chain(x, parameters, contiguous=contiguous)
 
-    def _parameters(self, x: Tensor) -> list[Tensor] | None:
-        """Those of the chain, None where it may not run."""
-        if x.__class__ is not Tensor:
-            return None
-        dtype = x.dtype
-        if not x.is_cpu or x.dim() != 4 or dtype not in DTYPES:
-            return None
-        for module in self.modules:
-            if has_call_hooks(module) or "forward" in module.__dict__:
-                return None
+    def _find_parameters(self) -> bool:
+        """Whether the parameters are those of a chain, all of one dtype and on CPU."""
+        self.parameters = []
+        self.found = Unchanged()
         parameters: list[Tensor] = []
-        for conv, attributes, has_bias in zip(
-            self.convs, self.attributes, self.has_bias, strict=True
-        ):
-            if conv.__class__ not in FUSED_TYPES or _attributes(conv) != attributes:
-                return None
-            own = conv._parameters  # past nn.Module's search for an attribute
-            weight, bias = own["weight"], own["bias"]
-            if (bias is not None) != has_bias:
-                return None
-            for parameter in (weight, bias) if bias is not None else (weight,):
-                if (
-                    parameter.__class__ is not nn.Parameter
-                    or parameter.dtype is not dtype
-                    or not parameter.is_cpu
-                ):
-                    return None
-                parameters.append(parameter)
-        return parameters if torch._C._any_requires_grad(x, *parameters) else None
-
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        for module in self.modules:
-            x = module(x)
-        return x
+        for conv, has_bias in zip(self.convs, self.has_bias, strict=True):
+            table = conv._parameters
+            self.found.same(vars(conv), "_parameters")
+            for name, wanted in (("weight", True), ("bias", has_bias)):
+                found = table.get(name)
+                self.found.same(table, name)
+                if wanted != (type(found) is nn.Parameter) or (found is not None) != wanted:
+                    return False
+                if found is not None:
+                    parameters.append(found)
+        dtype = parameters[0].dtype
+        if dtype not in DTYPES or any(p.dtype != dtype or not p.is_cpu for p in parameters):
+            return False
+        for parameter in parameters:
+            self.found.equal(parameter, "dtype", dtype)
+            self.found.equal(parameter, "is_cpu", True)
+        self.parameters = parameters
+        return True
 
     def _can_run(self, x: Tensor) -> bool:
         """Whether the operators take the shape, on these kernels and in little memory. They are
@@ -158,7 +168,7 @@ def _segments(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
     """The modules in order, what can run as a chain together."""
     run: list[nn.Module] = []
     for module in modules:
-        joins = _can_join(module) or (
+        joins = can_join(module) or (
             run and type(module) is AbsorbedActivation and not why_not_plain(module)
         )
         if joins:
@@ -174,6 +184,11 @@ def _segments(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
 
 def _is_chain(segment: Sequence[nn.Module]) -> bool:
     return sum(type(module) in FUSED_TYPES for module in segment) > 1
+
+
+def may_chain() -> bool:
+    """Whether chains may run now, as far as it does not depend on the modules."""
+    return is_unwatched() and torch.is_grad_enabled() and not fastest.enabled
 
 
 class ChainForward(OwnForward):
@@ -192,20 +207,13 @@ class ChainForward(OwnForward):
         self.calls = [
             call
             for segment in _segments(modules)
-            for call in ([_Run(segment)] if _is_chain(segment) else segment)
+            for call in ([Run(segment)] if _is_chain(segment) else segment)
         ]
         self.modules = tuple(modules)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if (
-            not is_unwatched()
-            or not torch.is_grad_enabled()
-            or kwargs
-            or len(args) != 1
-            or fastest.enabled
-            or _has_any_global_hook()
-        ):
+        if kwargs or len(args) != 1 or not may_chain():
             return type(owner).forward(owner, *args, **kwargs)
         (input,) = args
         if self.modules != tuple(owner._modules.values()):

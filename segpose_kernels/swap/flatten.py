@@ -75,14 +75,13 @@ class Guards(Unchanged):
     def watch_call(self, module: nn.Module) -> None:
         """A call that is replaced: nobody must want to see or change it."""
         self.same(vars(module), "forward")
-        self.empty(
-            (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        )
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            self.size(hooks, 0)
 
     def hold(self) -> bool:
         return super().hold() and not _has_any_global_hook()
@@ -101,21 +100,22 @@ class FlatModel:
     values: int
 
 
-def flatten(model: nn.Module) -> FlatModel:
-    """Write out `model.forward` in eval mode, and those of its children where that is safe.
+def flatten(model: nn.Module, *, training: bool = False) -> FlatModel:
+    """Write out `model.forward` in that mode, and those of its children where that is safe.
 
     Raises:
         UntraceableError: when the model's own forward cannot be written out; the message says why.
     """
-    return _Flattener(model).result
+    return _Flattener(model, training).result
 
 
 class _Flattener:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        self.training = training
         self.operations: list[Operation] = []
         self.guards = Guards()
         self.values = 0
-        trace = _trace(model, "")
+        trace = _trace(model, "", training)
         parameters = [(name, self.new_value()) for name in _parameters(trace)]
         output = self.inline(trace, "", [value for _, value in parameters])
         self.result = FlatModel(parameters, self.operations, output, self.guards, self.values)
@@ -132,7 +132,10 @@ class _Flattener:
     def inline(self, trace: ForwardTrace, prefix: str, arguments: list[Any]) -> Any:
         """Append a forward's operations; gives what it returns."""
         owner = trace.owner
-        self.guards.equal(owner, "training", False)
+        self.guards.equal(owner, "training", self.training)
+        self.guards.size(
+            owner._modules, len(owner._modules)
+        )  # a Sequential calls whatever it holds
         for name, value in trace.reads.items():
             self.guards.equal(owner, name, value)
         inputs = iter(arguments)
@@ -168,7 +171,7 @@ class _Flattener:
         """A child's call: written out, left away, or one operation."""
         if isinstance(module, _IDENTITIES) and len(args) == 1 and not kwargs:
             self.guards.watch_call(module)
-            self.guards.equal(module, "training", False)
+            self.guards.equal(module, "training", self.training)
             return args[0]
         for kind, attributes in _REPLACED.items():
             if isinstance(module, kind):
@@ -181,7 +184,7 @@ class _Flattener:
         ):
             return self.add(module, args, kwargs, name)
         try:
-            trace = _trace(module, name)
+            trace = _trace(module, name, self.training)
             arguments = _bind(trace, args, kwargs)
         except UntraceableError:
             return self.add(module, args, kwargs, name)
@@ -203,15 +206,15 @@ class _Attribute:
         return value
 
 
-def _trace(module: nn.Module, name: str) -> ForwardTrace:
+def _trace(module: nn.Module, name: str, training: bool) -> ForwardTrace:
     own = vars(module).get("forward")
     if own is not None and not isinstance(own, OwnForward):
         raise UntraceableError("its forward is set on the instance")
-    trace = trace_forward(module, name, training=False)
+    trace = trace_forward(module, name, training)
     reason = why_not_rewritable(trace)
     if reason:
         raise UntraceableError(reason)
-    if str(trace_forward(module, name, training=False, seed=1).graph) != str(trace.graph):
+    if str(trace_forward(module, name, training, seed=1).graph) != str(trace.graph):
         raise UntraceableError("two traces of it differ: it depends on something beyond its inputs")
     return trace
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Unchanged:
         self._hold = _checks.hold
         self._same: tuple[Any, ...] = ()
         self._equal: tuple[Any, ...] = ()
-        self._empty: tuple[Any, ...] = ()
+        self._sizes: tuple[Any, ...] = ()
 
     def same(self, table: dict[str, Any], name: str) -> None:
         """The table has the object that it has now under that name, or none."""
@@ -32,9 +32,9 @@ class Unchanged:
         own = name in table and not hasattr(type(owner), name)
         self._equal += (table if own else owner, name, value)
 
-    def empty(self, containers: Iterable[Container[Any]]) -> None:
-        """They stay empty."""
-        self._empty += tuple(containers)
+    def size(self, container: Sized, size: int) -> None:
+        """It has so many items."""
+        self._sizes += (container, size)
 
     def parameters(self, module: nn.Module) -> None:
         """The module's parameters, and what was written to them through torch."""
@@ -45,4 +45,4 @@ class Unchanged:
                 self.equal(parameter, "_version", parameter._version)
 
     def hold(self) -> bool:
-        return self._hold(self._same, self._equal, self._empty)
+        return self._hold(self._same, self._equal, self._sizes)

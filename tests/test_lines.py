@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole models that are one line of convolutions: one node of the graph, and the same values as
+module by module.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_chain import NODE, assert_equal, has_chain, layers, one_by_one, results
+from torch import Tensor, nn
+
+from segpose_kernels import optimize, restore
+from segpose_kernels.backends import LIBRARY
+from segpose_kernels.models import Autoencoder, SegNet
+from segpose_kernels.swap.lines import LineForward
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(not LIBRARY.has_kernels_for("CPU"), reason="the library is not built"),
+]
+
+
+class Halves(nn.Module):
+    """An encoder and a decoder, between which other code may come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(*layers()[:4])
+        self.decoder = nn.Sequential(*layers()[4:])
+        self.twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(x)
+        if self.twice:
+            y = y * 2
+        return self.decoder(y)
+
+
+class Residual(Halves):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(x)
+        return self.decoder(y) + self.decoder(y * 2)
+
+
+class Pair(Halves):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = self.encoder(x)
+        return self.decoder(y), y
+
+
+class ByMode(Halves):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(x)
+        if self.training:
+            y = y + 1
+        return self.decoder(y)
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def nodes(y: Tensor) -> list[str]:
+    """Names of the nodes from a result to its leaves, the leaves left out."""
+    names, node = [], y.grad_fn
+    while node is not None and "Accumulate" not in node.name():
+        names.append(node.name())
+        node = next((following for following, _ in node.next_functions if following), None)
+    return names
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("make", [Halves, lambda: SegNet(10), lambda: nn.Sequential(*layers())])
+def test_one_node_and_the_same_values(
+    make: Callable[[], nn.Module], memory_format: torch.memory_format, training: bool
+) -> None:
+    model = optimize(make())[0].train(training)
+    channels = next(model.parameters()).shape[1]
+    x = torch.randn(3, channels, 28, 28).to(memory_format=memory_format)
+    assert nodes(model(x)) == [NODE]
+    found = results(model, x)
+    assert_equal(found, results(one_by_one(model), x, chain=False))
+    y = found["y"]
+    assert y is not None
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_a_contiguous_result_may_be_changed_in_place() -> None:
+    """It is a copy of what the backward reads."""
+    model, _ = optimize(Halves())
+    alone = one_by_one(model)
+    x = image()
+    y = model(x)
+    (y.mul_(2) if y.is_contiguous() else y * 2).sum().backward()
+    (alone(x) * 2).sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("make", [Residual, ByMode])
+def test_what_is_no_line(make: Callable[[], nn.Module]) -> None:
+    model, _ = optimize(make())
+    assert not isinstance(vars(model).get("forward"), LineForward)
+    assert_equal(results(model, image()), results(one_by_one(model), image(), chain=False))
+
+
+def test_two_results_are_no_line() -> None:
+    model, _ = optimize(Pair())
+    assert not isinstance(vars(model).get("forward"), LineForward)
+    first, second = model(image())
+    assert (first.shape[1], second.shape[1]) == (5, 8)
+
+
+def test_a_shared_layer() -> None:
+    """The gradient of a weight that is used twice is the sum of both."""
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model, _ = optimize(nn.Sequential(conv, nn.Conv2d(3, 3, 1), conv))
+    assert_equal(results(model, image()), results(one_by_one(model), image(), chain=False))
+
+
+class TestChanges:
+    """What is done to a model after `optimize` has the effect that it has module by module."""
+
+    def both(self) -> tuple[Halves, Halves]:
+        plain = Halves()
+        model, _ = optimize(copy.deepcopy(plain))
+        assert nodes(model(image())) == [NODE]
+        return model, plain
+
+    def assert_follows(self, change: Callable[[Halves], object], *, line: bool = False) -> None:
+        model, _ = self.both()
+        before = model(image())
+        change(model)
+        for _ in range(2):
+            y = model(image())
+            assert (nodes(y) == [NODE]) == line
+            assert y.shape != before.shape or not torch.equal(y, before)
+            torch.testing.assert_close(y, one_by_one(model)(image()))
+
+    def test_hooks(self) -> None:
+        model, plain = self.both()
+        for part in ("encoder", "decoder"):
+            for hook in ("register_forward_hook", "register_forward_pre_hook"):
+                seen: list[str] = []
+                handle = getattr(getattr(model, part), hook)(lambda *_, s=seen: s.append("called"))
+                y = model(image())
+                assert seen == ["called"]
+                assert nodes(y) != [NODE]
+                torch.testing.assert_close(y, plain(image()))
+                handle.remove()
+                assert nodes(model(image())) == [NODE]
+
+    def test_hooks_of_the_model_itself(self) -> None:
+        model, plain = self.both()
+        seen: list[Tensor] = []
+        model.register_forward_hook(lambda _m, _args, y: seen.append(y))
+        assert model(image()) is seen[0]
+        model.register_full_backward_hook(lambda _m, _i, out: seen.append(out[0]))
+        model(image().requires_grad_()).sum().backward()
+        assert len(seen) == 3
+        torch.testing.assert_close(seen[1], plain(image()))
+
+    def test_global_hook(self) -> None:
+        model, _ = self.both()
+        seen: list[nn.Module] = []
+        handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+        try:
+            model(image())
+        finally:
+            handle.remove()
+        assert model.encoder[0] in seen
+        assert model.decoder in seen
+
+    def test_attribute(self) -> None:
+        self.assert_follows(lambda m: setattr(m, "twice", True))
+
+    def test_forward_of_a_part(self) -> None:
+        self.assert_follows(lambda m: setattr(m.encoder, "forward", m.encoder[0].forward))
+
+    def test_replaced_layer(self) -> None:
+        conv = nn.Conv2d(8, 8, 1)
+        self.assert_follows(lambda m: m.encoder.__setitem__(2, conv))
+
+    def test_appended_layer(self) -> None:
+        self.assert_follows(lambda m: m.encoder.append(nn.Sigmoid()))
+
+    def test_replaced_part(self) -> None:
+        part = nn.Sequential(nn.ConvTranspose2d(8, 2, 2))
+        self.assert_follows(lambda m: setattr(m, "decoder", part))
+
+    def test_new_parameter(self) -> None:
+        weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.assert_follows(lambda m: setattr(m.encoder[2], "weight", weight), line=True)
+
+    def test_new_values(self) -> None:
+        self.assert_follows(lambda m: m.encoder[0].weight.data.mul_(2), line=True)
+
+    def test_other_dtype(self) -> None:
+        model, plain = self.both()
+        y = model.double()(image().double())
+        assert nodes(y) == [NODE]
+        torch.testing.assert_close(y, plain.double()(image().double()))
+        with pytest.raises((RuntimeError, TypeError), match="dtype"):
+            model(image())
+
+    def test_a_part_in_another_mode(self) -> None:
+        model, plain = self.both()
+        model.encoder.eval()
+        torch.testing.assert_close(model(image()), plain(image()))
+
+    def test_frozen_layers(self) -> None:
+        model, _ = self.both()
+        model.encoder.requires_grad_(False)
+        assert_equal(
+            results(model, image(), input_grad=False),
+            results(one_by_one(model), image(), input_grad=False, chain=False),
+        )
+
+    def test_removed_bias(self) -> None:
+        def remove(m: Halves) -> None:
+            m.encoder[0].bias = None
+
+        self.assert_follows(remove)
+
+
+def test_calls_of_other_kinds() -> None:
+    model, _ = optimize(Halves())
+    plain = one_by_one(model)
+    torch.testing.assert_close(model(x=image()), plain(image()))
+    with torch.no_grad():
+        assert model(image()).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(image()).dtype == torch.bfloat16
+    with pytest.raises(TypeError):
+        model()
+
+
+def test_copies_pickles_and_restore() -> None:
+    plain = SegNet(10)
+    model, _ = optimize(copy.deepcopy(plain))
+    x = torch.randn(2, 1, 28, 28)
+    expected = results(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(results(other, x), expected)
+        next(other.parameters()).data.zero_()
+    assert_equal(results(model, x), expected)
+    restore(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not model._forward_hooks
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled() -> None:
+    model, _ = optimize(Halves())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = compiled(image())
+    torch.testing.assert_close(y, model(image()))
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("make", [lambda: SegNet(10), Autoencoder])
+def test_second_derivatives_of_lecture_models(make: Callable[[], nn.Module]) -> None:
+    model, _ = optimize(make().double())
+    alone = one_by_one(model)
+    channels = next(model.parameters()).shape[1]
+    x = torch.randn(2, channels, 28, 28, dtype=torch.float64)
+    found = []
+    for net in (model, alone):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net(leaf).square().sum(), leaf, create_graph=True)
+        grad.square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert has_chain(model(x))
