@@ -87,8 +87,8 @@ def release_workspace() -> int:
     """Frees the scratch memory that is kept between calls; returns its bytes.
 
     The CPU kernels keep up to 256 MiB of scratch memory, and of results of 32 MiB or larger that
-    nobody holds any more; a model under `optimize(mode="inference")` keeps up to 256 MiB for its
-    activations.
+    nobody holds any more, and up to 12 MiB of results of 256 KiB to 4 MiB; a model under
+    `optimize(mode="inference")` keeps up to 256 MiB for its activations.
     """
     freed = sum(workspace.release() for workspace in list(_workspaces))
     return freed + (int(torch.ops.segpose.release_workspace()) if LIBRARY.loaded else 0)

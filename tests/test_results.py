@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segpose_kernels import conv2d_act
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.settings import release_workspace
 from segpose_kernels.swap import optimize
@@ -111,6 +112,48 @@ def test_smaller_results_are_ordinary() -> None:
         release_workspace()
         del y
         assert release_workspace() == 0
+
+
+def small(images: int) -> Tensor:
+    """A result of 64 KiB an image."""
+    x = torch.randn(images, 8, 16, 16).to(memory_format=torch.channels_last)
+    return conv2d_act(x, torch.randn(64, 8, 1, 1), backend="cpu")
+
+
+@pytest.mark.parametrize(("images", "kept"), [(3, False), (4, True), (64, True), (65, False)])
+def test_small_results_are_kept_too(images: int, kept: bool) -> None:
+    """From 256 KiB to 4 MiB."""
+    y = small(images)
+    release_workspace()
+    del y
+    assert release_workspace() == images * 2**16 * kept
+    y = small(images)
+    place = y.data_ptr()
+    del y
+    assert (small(images).data_ptr() == place) or not kept
+
+
+def test_what_is_kept_of_small_results_is_bounded() -> None:
+    results = [small(32) for _ in range(10)]
+    release_workspace()
+    results.clear()
+    assert release_workspace() == 12 * MIB
+
+
+def test_gradients_that_are_held_are_not_written() -> None:
+    weight = torch.randn(64, 64, 5, 5, dtype=torch.float64).requires_grad_()  # 800 KiB
+    x = torch.randn(4, 64, 16, 16, dtype=torch.float64).requires_grad_()  # 512 KiB
+    held = []
+    for factor in (1.0, 2.0, 3.0):
+        weight.grad = x.grad = None
+        y = conv2d_act(x, weight, padding=2, backend="cpu")
+        (y.square() * factor).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.stride() == weight.stride()
+        held.append(weight.grad)
+    for factor, grad in enumerate(held, 1):
+        torch.testing.assert_close(grad, held[0] * factor)
+    assert len({grad.data_ptr() for grad in held}) == 3
 
 
 def test_a_large_result_says_that_it_cannot_grow() -> None:

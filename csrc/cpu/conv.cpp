@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
   Tensor grad_input = need_input ? allocate_result(input, shape_of(problem, !attributes.transposed),
                                                    suggests_channels_last(input) || suggests_channels_last(weight))
                                  : torch::stable::new_empty(input, none);
-  Tensor grad_weight = need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, none);
+  Tensor grad_weight = need_weight ? allocate_gradient(weight) : torch::stable::new_empty(weight, none);
   OptionalTensor grad_bias;
   if (need_bias) grad_bias = torch::stable::new_empty(weight, {shape[1]});
   if (grad_output.numel() == 0) {

@@ -9,20 +9,53 @@ namespace segpose {
 
 using torch::headeronly::MemoryFormat;
 
-Tensor allocate_result(const Tensor& like, const Ints& shape, bool channels_last) {
-  // Up to here glibc's malloc keeps blocks itself.
-  constexpr int64_t kSmallest = int64_t{32} << 20;
+namespace {
+
+// Results of such sizes lie in a pool. Those in between do not: kept for one size, they would be missed for others, and
+// a training step of CPM2DPose would hold half as much memory again.
+constexpr int64_t kSmallest = int64_t{256} << 10;
+constexpr int64_t kLargestSmall = int64_t{4} << 20;
+constexpr int64_t kLarge = int64_t{32} << 20;
+
+WorkspacePool* pool_for(int64_t bytes) {
+  if (bytes >= kLarge) return &WorkspacePool::instance();
+  return bytes >= kSmallest && bytes <= kLargestSmall ? &WorkspacePool::small() : nullptr;
+}
+
+int64_t bytes_of(const Tensor& like, const Ints& shape) {
   int64_t bytes = static_cast<int64_t>(like.element_size());
   for (const int64_t extent : shape) bytes *= extent;
-  if (bytes < kSmallest) {
+  return bytes;
+}
+
+Tensor allocate_from(WorkspacePool* pool, const Tensor& like, const Ints& shape, const Ints& strides) {
+  const int64_t bytes = bytes_of(like, shape);
+  const Tensor block = pool->acquire(bytes, bytes + bytes / 8, like.device());
+  return torch::stable::from_blob(block.data_ptr(), shape, strides, like.device(), like.scalar_type(),
+                                  [pool, block](void*) { pool->release(block); });
+}
+
+}  // namespace
+
+Tensor allocate_result(const Tensor& like, const Ints& shape, bool channels_last) {
+  WorkspacePool* const pool = pool_for(bytes_of(like, shape));
+  if (pool == nullptr) {
     return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                                 channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }
-  const Tensor block = WorkspacePool::instance().acquire(bytes, bytes + bytes / 8, like.device());
   const int64_t c = shape[1], h = shape[2], w = shape[3];
-  const Ints strides = channels_last ? Ints{h * w * c, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
-  return torch::stable::from_blob(block.data_ptr(), shape, strides, like.device(), like.scalar_type(),
-                                  [block](void*) { WorkspacePool::instance().release(block); });
+  return allocate_from(pool, like, shape, channels_last ? Ints{h * w * c, 1, w * c, c} : Ints{c * h * w, h * w, w, 1});
+}
+
+Tensor allocate_gradient(const Tensor& like) {
+  const Ints shape{like.size(0), like.size(1), like.size(2), like.size(3)};
+  const Ints strides{like.stride(0), like.stride(1), like.stride(2), like.stride(3)};
+  // Without gaps in one of the two formats.
+  const bool dense =
+      like.is_contiguous() || (strides[1] == 1 && strides[3] == shape[1] && strides[2] == shape[3] * shape[1] &&
+                               strides[0] == shape[2] * shape[3] * shape[1]);
+  WorkspacePool* const pool = dense ? pool_for(bytes_of(like, shape)) : nullptr;
+  return pool == nullptr ? torch::stable::empty_like(like) : allocate_from(pool, like, shape, strides);
 }
 
 namespace {
@@ -35,7 +68,7 @@ Tensor allocate_checked(const Tensor& like, Ints shape, bool channels_last) {
   return allocate_result(like, shape, channels_last);
 }
 
-int64_t release_workspace() { return WorkspacePool::instance().clear(); }
+int64_t release_workspace() { return WorkspacePool::instance().clear() + WorkspacePool::small().clear(); }
 
 }  // namespace
 }  // namespace segpose

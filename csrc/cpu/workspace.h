@@ -78,6 +78,7 @@ class WorkspacePool {
  public:
   // Of all buffers that wait; larger ones are given back at once.
   static constexpr int64_t kRetainedBytes = int64_t{256} << 20;
+  static constexpr int64_t kRetainedSmallBytes = int64_t{12} << 20;
   // One that so many calls had no use for is given back: more calls than a training step of most models makes, so that
   // the next step finds what this one used. Given back after 8, the workspaces of CPM2DPose were zeroed by the system
   // again in every step: 60 to 80 ms of 390 (bfloat16, batch 4).
@@ -85,9 +86,18 @@ class WorkspacePool {
 
   // Never destroyed: tensors must not be freed after torch's own statics.
   static WorkspacePool& instance() {
-    static auto* pool = new WorkspacePool;
+    static auto* pool = new WorkspacePool(kRetainedBytes, true);
     return *pool;
   }
+
+  // Of small results (results.h), which come in many sizes.
+  static WorkspacePool& small() {
+    static auto* pool = new WorkspacePool(kRetainedSmallBytes, false);
+    return *pool;
+  }
+
+  // `grows`: a new buffer takes the place of a smaller one.
+  WorkspacePool(int64_t retained, bool grows) : retained_(retained), grows_(grows) {}
 
   // A buffer of at least so many bytes, and at most `most`.
   torch::stable::Tensor acquire(int64_t bytes, int64_t most, const torch::stable::Device& device) {
@@ -96,8 +106,8 @@ class WorkspacePool {
     free_.erase(
         std::remove_if(free_.begin(), free_.end(), [&](const Kept& kept) { return calls_ - kept.used > kIdleCalls; }),
         free_.end());
-    // Sorted by size: the smallest that is large enough, unless most of it would lie idle; or a new one in place of the
-    // largest that is too small.
+    // Sorted by size: the smallest that is large enough, unless most of it would lie idle; or a new one, where they
+    // grow in place of the largest that is too small.
     const auto fit =
         std::find_if(free_.begin(), free_.end(), [&](const Kept& kept) { return kept.tensor.numel() >= bytes; });
     if (fit != free_.end() && fit->tensor.numel() <= most) {
@@ -105,16 +115,16 @@ class WorkspacePool {
       free_.erase(fit);
       return tensor;
     }
-    if (fit != free_.begin()) free_.erase(fit - 1);
+    if (grows_ && fit != free_.begin()) free_.erase(fit - 1);
     return allocate_bytes(bytes, device, Use::calls);
   }
 
   // Those that have waited longest make room.
   void release(torch::stable::Tensor tensor) {
-    if (tensor.numel() > kRetainedBytes) return;
+    if (tensor.numel() > retained_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     int64_t kept = tensor.numel() + kept_bytes();
-    while (kept > kRetainedBytes) {
+    while (kept > retained_) {
       const auto oldest =
           std::min_element(free_.begin(), free_.end(), [](const Kept& a, const Kept& b) { return a.used < b.used; });
       kept -= oldest->tensor.numel();
@@ -145,6 +155,8 @@ class WorkspacePool {
     return bytes;
   }
 
+  const int64_t retained_;
+  const bool grows_;
   std::mutex mutex_;
   std::vector<Kept> free_;
   int64_t calls_ = 0;

@@ -24,7 +24,7 @@ from .steps import Steps, fill
 from .unchanged import Unchanged
 
 # Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
-_LARGE = 32 << 20
+_LARGE = 256 << 10
 
 
 class Frame:
