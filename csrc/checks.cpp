@@ -75,8 +75,7 @@ PyMethodDef methods[] = {
     {"hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hold)), METH_FASTCALL,
      "hold(same, equal, sizes): whether table.get(name) is value for the tables, names and values of `same`, one after "
      "the other, owner[name] or owner.name == value for those of `equal`, and len(container) == size for the "
-     "containers "
-     "and sizes of `sizes`."},
+     "containers and sizes of `sizes`."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_checks", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

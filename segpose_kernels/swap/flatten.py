@@ -133,9 +133,8 @@ class _Flattener:
         """Append a forward's operations; gives what it returns."""
         owner = trace.owner
         self.guards.equal(owner, "training", self.training)
-        self.guards.size(
-            owner._modules, len(owner._modules)
-        )  # a Sequential calls whatever it holds
+        # A Sequential calls whatever it holds.
+        self.guards.size(owner._modules, len(owner._modules))
         for name, value in trace.reads.items():
             self.guards.equal(owner, name, value)
         inputs = iter(arguments)
