@@ -31,15 +31,20 @@ Answer is_equal(PyObject* owner, PyObject* name, PyObject* value) {
   }
   const int equal = PyObject_RichCompareBool(found, value, Py_EQ);
   Py_DECREF(found);
-  return equal < 0 ? Answer::error : equal == 1 ? Answer::yes : Answer::no;
+  if (equal < 0) PyErr_Clear();  // what cannot be compared, an array for example, is not equal
+  return equal == 1 ? Answer::yes : Answer::no;
 }
 
-Answer has_size(PyObject* container, PyObject* size) {
-  const Py_ssize_t found = PyObject_Size(container);
-  if (found < 0) return Answer::error;
-  const Py_ssize_t expected = PyLong_AsSsize_t(size);
-  if (expected == -1 && PyErr_Occurred() != nullptr) return Answer::error;
-  return found == expected ? Answer::yes : Answer::no;
+Answer has_values(PyObject* table, PyObject* values) {
+  const Py_ssize_t size = PyTuple_Size(values);
+  if (size < 0) return Answer::error;
+  if (PyDict_Size(table) != size) return PyErr_Occurred() != nullptr ? Answer::error : Answer::no;
+  Py_ssize_t position = 0;
+  PyObject* value = nullptr;
+  for (Py_ssize_t i = 0; PyDict_Next(table, &position, nullptr, &value) != 0; ++i) {
+    if (PyTuple_GetItem(values, i) != value) return Answer::no;
+  }
+  return Answer::yes;
 }
 
 // Calls check with every `Count` of the items, as long as the answer is yes.
@@ -60,7 +65,7 @@ PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "hold takes three tuples");
     return nullptr;
   }
-  Answer answer = all_of<2>(args[2], [](PyObject* const(&items)[2]) { return has_size(items[0], items[1]); });
+  Answer answer = all_of<2>(args[2], [](PyObject* const(&items)[2]) { return has_values(items[0], items[1]); });
   if (answer == Answer::yes) {
     answer = all_of<3>(args[0], [](PyObject* const(&items)[3]) { return is_same(items[0], items[1], items[2]); });
   }
@@ -73,9 +78,10 @@ PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hold)), METH_FASTCALL,
-     "hold(same, equal, sizes): whether table.get(name) is value for the tables, names and values of `same`, one after "
-     "the other, owner[name] or owner.name == value for those of `equal`, and len(container) == size for the "
-     "containers and sizes of `sizes`."},
+     "hold(same, equal, values): whether table.get(name) is value for the tables, names and values of `same`, one "
+     "after "
+     "the other, owner[name] or owner.name == value for those of `equal`, and whether the tables of `values` hold "
+     "exactly the objects of the tuple after each, in that order."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_checks", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -222,11 +224,190 @@ class TestChanges:
             results(one_by_one(model), image(), input_grad=False, chain=False),
         )
 
+    def test_contiguous_weights(self) -> None:
+        """As `load_state_dict(assign=True)` leaves them."""
+        model, plain = self.both()
+        state = {name: 2 * value for name, value in plain.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        y = model(image())
+        assert nodes(y) == [NODE]
+        torch.testing.assert_close(y, one_by_one(model)(image()))
+        y.sum().backward()
+
+    def test_cleared_hooks(self) -> None:
+        """A new table of hooks, which some set to clear the old one."""
+        for module in ("encoder", "encoder.0"):
+            model, _ = self.both()
+            part = model.get_submodule(module)
+            part._forward_hooks = OrderedDict()
+            seen: list[str] = []
+            part.register_forward_hook(lambda *_, s=seen: s.append("called"))
+            model(image())
+            assert seen == ["called"]
+
+    def test_new_table_of_modules(self) -> None:
+        def change(m: Halves) -> None:
+            m.encoder._modules = OrderedDict({"0": nn.Conv2d(3, 8, 1), "1": nn.Conv2d(8, 8, 1)})
+
+        self.assert_follows(change)
+
+    def test_bias_of_another_kind(self) -> None:
+        def change(m: Halves) -> None:
+            del m.encoder[2].bias
+            m.encoder[2].register_buffer("bias", torch.ones(8))
+
+        self.assert_follows(change)
+
+    def test_attribute_that_cannot_be_compared(self) -> None:
+        model, _ = self.both()
+        before = model(image())
+        model.twice = torch.tensor([True, True])
+        with pytest.raises(RuntimeError, match="ambiguous"):
+            model(image())
+        model.twice = False
+        torch.testing.assert_close(model(image()), before)
+
+    def test_threads_and_a_new_parameter(self) -> None:
+        model, _ = self.both()
+        weights = [nn.Parameter(torch.randn(8, 8, 1, 1)) for _ in range(2)]
+        failures: list[Exception] = []
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                while not done.is_set():
+                    model(image())
+            except Exception as error:
+                failures.append(error)
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for i in range(200):
+            model.encoder[2].weight = weights[i % 2]
+            model(image())
+        done.set()
+        for caller in callers:
+            caller.join()
+        assert not failures
+
     def test_removed_bias(self) -> None:
         def remove(m: Halves) -> None:
             m.encoder[0].bias = None
 
         self.assert_follows(remove)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_list_that_grows() -> None:
+    model, _ = optimize(Listed())
+    assert nodes(model(image())) == [NODE]
+    model.layers.append(nn.Conv2d(3, 4, 1))
+    assert model(image()).shape[1] == 4
+
+
+def test_layers_in_another_order() -> None:
+    parts = {"a": nn.Conv2d(3, 3, 3), "b": nn.Conv2d(3, 3, 1), "c": nn.Conv2d(3, 3, 1)}
+    model, _ = optimize(nn.Sequential(OrderedDict(parts)))
+    before = model(image())
+    first = model.a
+    del model.a
+    model.a = first
+    y = model(image())
+    assert not torch.equal(y, before)
+    torch.testing.assert_close(y, model.a(model.c(model.b(image()))))
+
+
+class Twice(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_an_identity_that_is_none(mode: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), Twice(), nn.Conv2d(4, 3, 3)).eval()
+    model, _ = optimize(copy.deepcopy(plain), mode=mode)
+    with torch.set_grad_enabled(mode == "train"):
+        for _ in range(2):
+            torch.testing.assert_close(model(image()), plain(image()))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_an_activation_function_that_is_replaced(mode: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)
+            self.act = nn.functional.relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.act(self.first(x)))
+
+    model, _ = optimize(Model().eval(), mode=mode)
+    with torch.set_grad_enabled(mode == "train"):
+        before = [model(image()) for _ in range(2)]
+        model.act = torch.sigmoid
+        y = model(image())
+    assert not torch.equal(y, before[0])
+    expected = nn.functional.conv2d(image(), model.first.weight, model.first.bias).relu().sigmoid()
+    expected = nn.functional.conv2d(expected, model.second.weight, model.second.bias)
+    torch.testing.assert_close(y, expected)
+
+
+class Noting(Halves):
+    """Its forward notes that it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def count(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return x
+
+
+class Appending(Noting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return self.decoder(self.encoder(x))
+
+
+class Calling(Noting):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.count(self.encoder(x)))
+
+
+def counted(forward: Callable[[Calling, Tensor], Tensor]) -> Callable[[Calling, Tensor], Tensor]:
+    def call(self: Calling, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return forward(self, x)
+
+    return call
+
+
+class Decorated(Noting):
+    @counted
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+@pytest.mark.parametrize("kind", [Appending, Calling, Decorated])
+def test_a_forward_that_does_more_is_no_line(kind: type[Noting]) -> None:
+    model, _ = optimize(kind())
+    model.calls.clear()
+    for _ in range(3):
+        model(image())
+    assert len(model.calls) == 3
 
 
 def test_calls_of_other_kinds() -> None:

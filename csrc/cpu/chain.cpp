@@ -43,8 +43,13 @@ std::vector<Layer> layers_of(const Ints& code, const std::vector<double>& slopes
   return layers;
 }
 
-// The output of every layer; if `contiguous`, then a copy of the last one in torch's default memory format. The
-// backward reads what is in channels_last: it would take longer to transpose the output there.
+bool has_default_strides(const Tensor& tensor) {
+  return tensor.stride(3) == 1 && tensor.stride(2) == tensor.size(3) &&
+         tensor.stride(1) == tensor.size(2) * tensor.size(3);
+}
+
+// The output of every layer; if `contiguous`, then a copy of the last one in torch's default memory format where it is
+// in channels_last. The backward reads what is in channels_last: it would take longer to transpose the output there.
 std::vector<Tensor> conv_chain(const Tensor& input, std::vector<Tensor> parameters, Ints code,
                                std::vector<double> slopes, bool contiguous) {
   std::vector<Tensor> outputs;
@@ -52,7 +57,7 @@ std::vector<Tensor> conv_chain(const Tensor& input, std::vector<Tensor> paramete
     const Tensor& source = outputs.empty() ? input : outputs.back();
     outputs.push_back(conv_forward(source, layer.weight, layer.bias, layer.attributes, layer.negative_slope));
   }
-  if (contiguous) outputs.push_back(to_contiguous(outputs.back()));
+  if (contiguous && !has_default_strides(outputs.back())) outputs.push_back(to_contiguous(outputs.back()));
   return outputs;
 }
 

@@ -51,8 +51,8 @@ void fill_offsets(const Phase& phase, const TensorView& destination, int64_t fir
   });
 }
 
-// Fills `rows` for the destination pixels first .. first + count - 1 of the phase. Taps outside the source and rows
-// past `count` point to `zeros`.
+// Fills `rows` pointers for each tap, those of the destination pixels first .. first + count - 1 of the phase and some
+// past them. Taps outside the source and rows past `count` point to `zeros`.
 template <class T>
 void fill_row_table(const Phase& phase, const TensorView& source, const TensorView& destination, const T* zeros,
                     int64_t first, int64_t count, int64_t rows, const RowTable<T>& table) {

@@ -59,7 +59,8 @@ def optimize(
 
     While gradients are needed on CPU, convolutions of an nn.Sequential that follow each other, with
     or without activations, are one node of the autograd graph, which calls the same kernels with
-    less in between; hooks on one of them, autocast or a transform put them back to single calls.
+    less in between, and so is a whole model or module that consists of nothing else; hooks on one
+    of them, autocast or a transform put them back to single calls.
 
     The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and
     `torch.compile` work afterwards. Call `restore` before changing the model's structure, before
@@ -74,8 +75,8 @@ def optimize(
         backend: of the fused modules, see `conv2d_act`.
         strict: raise if anything is left alone; the model is then as it was.
         memory_format: "auto" converts the weights to channels_last, in place, if nothing in the
-            model depends on strides; layers then pass channels_last on without conversions, and a
-            forward hook makes 4-d results contiguous if the inputs were. torch.channels_last and
+            model depends on strides; layers then pass channels_last on without conversions, and
+            4-d results of the model are contiguous if the inputs were. torch.channels_last and
             torch.preserve_format decide it by hand.
         max_prepared_bytes: of packed filters in inference mode, for the whole model; the layers
             that find no room pack their filters on every call, as in training.

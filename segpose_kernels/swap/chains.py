@@ -75,9 +75,9 @@ class Run:
         for conv in self.convs:
             for name in _ATTRIBUTES:
                 self.guards.equal(conv, name, getattr(conv, name))
-        # The parameters as they were last found, and what has to hold for them.
-        self.parameters: list[Tensor] = []
-        self.found = Unchanged()
+        # The parameters as they were last found, and what has to hold for them. Replaced as a
+        # whole: other threads read it.
+        self.known: tuple[list[Tensor], Unchanged] | None = None
         # By shape and dtype of the input: whether the chain may run.
         self.seen: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
@@ -93,11 +93,16 @@ class Run:
         """The output of the chain, None where it may not run. `keep_format`: of a contiguous input
         it is contiguous.
         """
-        if x.__class__ is not Tensor or not x.is_cpu or x.dim() != 4 or not self.guards.hold():
+        if x.__class__ is not Tensor or not x.is_cpu or x.dim() != 4:
             return None
-        if not (self.parameters and self.found.hold()) and not self._find_parameters():
+        if x.layout is not torch.strided or not self.guards.hold():
             return None
-        parameters = self.parameters
+        known = self.known
+        if known is None or not known[1].hold():
+            known = self.known = self._find_parameters()
+            if known is None:
+                return None
+        parameters = known[0]
         if x.dtype is not parameters[0].dtype:
             return None
         if not torch._C._any_requires_grad(x, *parameters):
@@ -114,29 +119,28 @@ class Run:
         contiguous = keep_format and is_contiguous(x) and x.shape[0] > 0
         return self.chain(x, parameters, contiguous=contiguous)
 
-    def _find_parameters(self) -> bool:
-        """Whether the parameters are those of a chain, all of one dtype and on CPU."""
-        self.parameters = []
-        self.found = Unchanged()
+    def _find_parameters(self) -> tuple[list[Tensor], Unchanged] | None:
+        """Those of a chain, all of one dtype and on CPU, and what was looked at."""
+        found = Unchanged()
         parameters: list[Tensor] = []
         for conv, has_bias in zip(self.convs, self.has_bias, strict=True):
             table = conv._parameters
-            self.found.same(vars(conv), "_parameters")
-            for name, wanted in (("weight", True), ("bias", has_bias)):
-                found = table.get(name)
-                self.found.same(table, name)
-                if wanted != (type(found) is nn.Parameter) or (found is not None) != wanted:
-                    return False
-                if found is not None:
-                    parameters.append(found)
+            weight, bias = table.get("weight"), table.get("bias")
+            if set(table) != {"weight", "bias"} or (bias is not None) != has_bias:
+                return None
+            found.values(conv, "_parameters")
+            for tensor in (weight, bias) if has_bias else (weight,):
+                if tensor is None or type(tensor) is not nn.Parameter:
+                    return None
+                parameters.append(tensor)
         dtype = parameters[0].dtype
         if dtype not in DTYPES or any(p.dtype != dtype or not p.is_cpu for p in parameters):
-            return False
+            return None
         for parameter in parameters:
-            self.found.equal(parameter, "dtype", dtype)
-            self.found.equal(parameter, "is_cpu", True)
-        self.parameters = parameters
-        return True
+            found.equal(parameter, "dtype", dtype)
+            found.equal(parameter, "is_cpu", True)
+            found.equal(parameter, "shape", parameter.shape)
+        return parameters, found
 
     def _can_run(self, x: Tensor) -> bool:
         """Whether the operators take the shape, on these kernels and in little memory. They are

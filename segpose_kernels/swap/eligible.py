@@ -23,7 +23,7 @@ Conv = nn.Conv2d | nn.ConvTranspose2d
 Fused = Conv2dAct | ConvTranspose2dAct
 FUSED_TYPES = (Conv2dAct, ConvTranspose2dAct)
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -39,7 +39,7 @@ def is_convolution(module: nn.Module) -> TypeGuard[Conv]:
 
 def has_call_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
-    return any(getattr(module, name, None) for name in _CALL_HOOKS)
+    return any(getattr(module, name, None) for name in CALL_HOOKS)
 
 
 def why_not_plain(module: nn.Module) -> str:

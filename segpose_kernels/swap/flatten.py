@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""An optimized model in eval mode as one flat list of operations, its own forwards written out.
+"""An optimized model in one mode as a flat list of operations, its own forwards written out.
 
 What a forward does may depend on more than its inputs. So each forward that is written out must
 have passed the tests of `forward.why_not_rewritable`, and what it read while it was traced goes
@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from .eligible import FUSED_TYPES
+from .eligible import CALL_HOOKS, FUSED_TYPES
 from .find import has_forward
 from .forward import OwnForward, why_not_rewritable
-from .pieces import AbsorbedActivation, FoldedBatchNorm2d
+from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d
 from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
 from .unchanged import Unchanged
 
@@ -75,13 +75,9 @@ class Guards(Unchanged):
     def watch_call(self, module: nn.Module) -> None:
         """A call that is replaced: nobody must want to see or change it."""
         self.same(vars(module), "forward")
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            self.size(hooks, 0)
+        self.same(vars(module), "_compiled_call_impl")
+        for hooks in CALL_HOOKS:
+            self.empty(module, hooks)
 
     def hold(self) -> bool:
         return super().hold() and not _has_any_global_hook()
@@ -90,7 +86,8 @@ class Guards(Unchanged):
 @dataclass
 class FlatModel:
     """Operations in order. `parameters` are the forward's arguments, with their values by number;
-    `output` is what it returns, with `Value`s in the places of tensors.
+    `output` is what it returns, with `Value`s in the places of tensors. `calls_code`: whether the
+    forwards called functions that are neither theirs nor torch's.
     """
 
     parameters: list[tuple[str, Value]]
@@ -98,6 +95,7 @@ class FlatModel:
     output: Any
     guards: Guards
     values: int
+    calls_code: bool
 
 
 def flatten(model: nn.Module, *, training: bool = False) -> FlatModel:
@@ -115,10 +113,13 @@ class _Flattener:
         self.operations: list[Operation] = []
         self.guards = Guards()
         self.values = 0
+        self.calls_code = False
         trace = _trace(model, "", training)
         parameters = [(name, self.new_value()) for name in _parameters(trace)]
         output = self.inline(trace, "", [value for _, value in parameters])
-        self.result = FlatModel(parameters, self.operations, output, self.guards, self.values)
+        self.result = FlatModel(
+            parameters, self.operations, output, self.guards, self.values, self.calls_code
+        )
 
     def new_value(self) -> Value:
         self.values += 1
@@ -134,7 +135,12 @@ class _Flattener:
         owner = trace.owner
         self.guards.equal(owner, "training", self.training)
         # A Sequential calls whatever it holds.
-        self.guards.size(owner._modules, len(owner._modules))
+        self.guards.values(owner, "_modules")
+        for name, value in vars(owner).items():
+            if isinstance(value, AbsorbedCall):
+                self.guards.same(vars(owner), name)
+        own = getattr(type(owner).forward, "__code__", None)
+        self.calls_code |= any(code is not own for code in trace.entered)
         for name, value in trace.reads.items():
             self.guards.equal(owner, name, value)
         inputs = iter(arguments)
@@ -163,12 +169,12 @@ class _Flattener:
         for name in path.split("."):
             child = owner._modules[name]
             assert child is not None
-            self.guards.same(owner._modules, name)
+            self.guards.values(owner, "_modules")
             owner = child
 
     def call(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """A child's call: written out, left away, or one operation."""
-        if isinstance(module, _IDENTITIES) and len(args) == 1 and not kwargs:
+        if type(module) in _IDENTITIES and len(args) == 1 and not kwargs:
             self.guards.watch_call(module)
             self.guards.equal(module, "training", self.training)
             return args[0]

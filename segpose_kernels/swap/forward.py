@@ -142,6 +142,11 @@ def why_not_rewritable(trace: ForwardTrace) -> str:
 
 def _why_not_plain_code(view: FunctionView) -> str:
     self_name = view.node.args.args[0].arg if view.node.args.args else ""
+    made = {
+        node.id
+        for node in ast.walk(view.node)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     for node in (inner for statement in view.node.body for inner in ast.walk(statement)):
         tests: list[ast.expr] = []
         if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
@@ -175,9 +180,20 @@ def _why_not_plain_code(view: FunctionView) -> str:
                 return f"sets {ast.unparse(targets[0])}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             function = node.value.func
-            if not (isinstance(function, ast.Attribute) and function.attr in _BUILDERS):
+            if not (
+                isinstance(function, ast.Attribute)
+                and function.attr in _BUILDERS
+                and _root_name(function.value) in made
+            ):
                 return f"calls {ast.unparse(function)}() for its effect"
     return ""
+
+
+def _root_name(node: ast.expr) -> str:
+    """The variable that `x`, `x[...]` and `x[...][...]` begin with; empty for anything else."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _unguarded_read(view: FunctionView, owner: nn.Module) -> str:

@@ -23,7 +23,7 @@ from .pieces import tensors_of
 from .steps import Steps, fill
 from .unchanged import Unchanged
 
-# Bytes from which results lie in memory that is kept (csrc/cpu/results.h).
+# Bytes from which results may lie in memory that is kept (csrc/cpu/results.h).
 _LARGE = 256 << 10
 
 

@@ -87,7 +87,7 @@ class Program:
         return Frame(blueprint, self.filters)
 
     def _remove(self, frame: Frame) -> bool:
-        """Whether it was idle and nobody else got it. Lists do one thing at a time."""
+        """Whether it was idle and nobody else got it: lists do one thing at a time."""
         try:
             self._idle.remove(frame)
         except ValueError:

@@ -25,7 +25,7 @@ _IN_LINES = (*FUSED_TYPES, AbsorbedActivation, nn.Identity)
 
 def _convolutions(flat: FlatModel) -> list[nn.Module] | None:
     """The convolutions in order, None for what is no line of them alone."""
-    if len(flat.parameters) != 1:
+    if len(flat.parameters) != 1 or flat.calls_code:
         return None
     _, value = flat.parameters[0]
     modules: list[nn.Module] = []
@@ -85,7 +85,7 @@ class LineForward(OwnForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and len(args) == 1 and may_chain():
             run = self.run if self.find() else None
-            if run is not None and self.guards[self.owner.training].hold():
+            if run is not None and self.guards[bool(self.owner.training)].hold():
                 output = run.run(args[0], keep_format=self.keeps_format)
                 if output is not None:
                     return output
@@ -95,7 +95,7 @@ class LineForward(OwnForward):
 def line_forward(owner: nn.Module, *, keeps_format: bool) -> LineForward | None:
     """A forward for a module that is a line of convolutions, None for others."""
     leaves = [module for module in owner.modules() if not module._modules]
-    if not all(isinstance(module, _IN_LINES) for module in leaves):
+    if not all(type(module) in _IN_LINES for module in leaves):
         return None
     forward = LineForward(owner, vars(owner).get("forward"), keeps_format=keeps_format)
     return forward if forward.find() else None

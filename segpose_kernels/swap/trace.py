@@ -70,6 +70,7 @@ class ForwardTrace:
         stashed: nodes that the forward stored on the module, with the attribute.
         reads: plain-data attributes of the module that the forward read, with their values.
         opaque_reads: other objects it read, whose content the trace may depend on.
+        entered: code of functions that ran, those of torch, of this package and of Python left out.
     """
 
     owner: nn.Module
@@ -83,6 +84,7 @@ class ForwardTrace:
     reads: dict[str, Any] = field(default_factory=dict)
     opaque_reads: set[str] = field(default_factory=set)
     constants: bool = False
+    entered: frozenset[CodeType] = frozenset()
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module a `call_module` node calls, else None."""
@@ -104,6 +106,19 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     clone, recorded = _recording_copy(owner, training, reads, opaque)
     tracer = _OneLevelTracer()
     before = set(vars(clone))
+    entered: set[CodeType] = set()
+
+    def enter(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            return
+        # What was generated, such as a dataclass's __init__, has no file.
+        name = str(frame.f_globals.get("__name__", ""))
+        home = name.partition(".")[0]
+        known = home in sys.stdlib_module_names or home == "torch" or name == __name__
+        if not known and not home.startswith("namedtuple_"):
+            entered.add(frame.f_code)
+
+    profiler = sys.getprofile()
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -111,11 +126,13 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         torch.default_generator.manual_seed(seed)
         try:
             start = _modes()
+            sys.setprofile(enter)
             graph = tracer.trace(clone)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
             first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
             raise UntraceableError(f"{type(error).__name__}: {first}") from error
         finally:
+            sys.setprofile(profiler)
             recorded.clear()
             random.setstate(python_state)
     trace = ForwardTrace(
@@ -124,6 +141,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     trace.constants = any(key not in before and "constant" in key for key in vars(clone)) or any(
         node.op == "get_attr" and "_constant" in str(node.target) for node in graph.nodes
     )
+    trace.entered = frozenset(entered)
     for attribute, value in vars(clone).items():
         for proxy in _proxies(value):
             trace.stashed[proxy.node] = attribute

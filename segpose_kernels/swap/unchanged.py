@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ class Unchanged:
         self._hold = _checks.hold
         self._same: tuple[Any, ...] = ()
         self._equal: tuple[Any, ...] = ()
-        self._sizes: tuple[Any, ...] = ()
+        self._values: tuple[Any, ...] = ()
 
     def same(self, table: dict[str, Any], name: str) -> None:
         """The table has the object that it has now under that name, or none."""
@@ -32,17 +31,24 @@ class Unchanged:
         own = name in table and not hasattr(type(owner), name)
         self._equal += (table if own else owner, name, value)
 
-    def size(self, container: Sized, size: int) -> None:
-        """It has so many items."""
-        self._sizes += (container, size)
+    def values(self, owner: object, name: str) -> None:
+        """The instance has the same table under that name, with the same values in their order."""
+        self._table(owner, name, tuple(vars(owner)[name].values()))
+
+    def empty(self, owner: object, name: str) -> None:
+        """The instance has the same table under that name, and nothing in it."""
+        self._table(owner, name, ())
+
+    def _table(self, owner: object, name: str, values: tuple[Any, ...]) -> None:
+        self.same(vars(owner), name)
+        self._values += (vars(owner)[name], values)
 
     def parameters(self, module: nn.Module) -> None:
         """The module's parameters, and what was written to them through torch."""
-        self.same(vars(module), "_parameters")
-        for name, parameter in module._parameters.items():
-            self.same(module._parameters, name)
+        self.values(module, "_parameters")
+        for parameter in module._parameters.values():
             if isinstance(parameter, Tensor):
                 self.equal(parameter, "_version", parameter._version)
 
     def hold(self) -> bool:
-        return self._hold(self._same, self._equal, self._sizes)
+        return self._hold(self._same, self._equal, self._values)
