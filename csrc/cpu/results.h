@@ -9,8 +9,8 @@
 
 namespace segpose {
 
-// Uninitialised, of four extents, in channels_last or contiguous, with the dtype and device of `like`. Of some sizes (see
-// results.cpp) it lies in memory of a pool and gives it back when its storage dies, which cannot be resized.
+// Uninitialised, of four extents, in channels_last or contiguous, with the dtype and device of `like`. Of some sizes
+// (see results.cpp) it lies in memory of a pool and gives it back when its storage dies, which cannot be resized.
 Tensor allocate_result(const Tensor& like, const Ints& shape, bool channels_last);
 
 // The same with the shape and strides of `like`, a filter.
