@@ -6,7 +6,9 @@ module by module.
 from __future__ import annotations
 
 import copy
+import cProfile
 import pickle
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -408,6 +410,19 @@ def test_a_forward_that_does_more_is_no_line(kind: type[Noting]) -> None:
     for _ in range(3):
         model(image())
     assert len(model.calls) == 3
+
+
+def test_a_profiler_that_watches_goes_on() -> None:
+    plain = Halves()
+    profile = cProfile.Profile()
+    profile.enable()
+    model, _ = optimize(copy.deepcopy(plain))
+    y = model(image())
+    profile.disable()
+    torch.testing.assert_close(y, plain(image()))
+    seen = {str(getattr(entry.code, "co_name", entry.code)) for entry in profile.getstats()}
+    assert {"optimize", "_wrapped_call_impl"} <= seen
+    assert sys.getprofile() is None
 
 
 def test_calls_of_other_kinds() -> None:

@@ -87,7 +87,7 @@ class Guards(Unchanged):
 class FlatModel:
     """Operations in order. `parameters` are the forward's arguments, with their values by number;
     `output` is what it returns, with `Value`s in the places of tensors. `calls_code`: whether the
-    forwards called functions that are neither theirs nor torch's.
+    forwards may have called functions that are neither theirs nor torch's.
     """
 
     parameters: list[tuple[str, Value]]
@@ -140,7 +140,7 @@ class _Flattener:
             if isinstance(value, AbsorbedCall):
                 self.guards.same(vars(owner), name)
         own = getattr(type(owner).forward, "__code__", None)
-        self.calls_code |= any(code is not own for code in trace.entered)
+        self.calls_code |= trace.entered is None or any(code is not own for code in trace.entered)
         for name, value in trace.reads.items():
             self.guards.equal(owner, name, value)
         inputs = iter(arguments)

@@ -70,7 +70,8 @@ class ForwardTrace:
         stashed: nodes that the forward stored on the module, with the attribute.
         reads: plain-data attributes of the module that the forward read, with their values.
         opaque_reads: other objects it read, whose content the trace may depend on.
-        entered: code of functions that ran, those of torch, of this package and of Python left out.
+        entered: code of functions that ran, those of torch, of this package and of Python left out;
+            None where another profiler watched, which keeps its place.
     """
 
     owner: nn.Module
@@ -84,7 +85,7 @@ class ForwardTrace:
     reads: dict[str, Any] = field(default_factory=dict)
     opaque_reads: set[str] = field(default_factory=set)
     constants: bool = False
-    entered: frozenset[CodeType] = frozenset()
+    entered: frozenset[CodeType] | None = None
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module a `call_module` node calls, else None."""
@@ -118,7 +119,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         if not known and not home.startswith("namedtuple_"):
             entered.add(frame.f_code)
 
-    profiler = sys.getprofile()
+    watched = sys.getprofile() is not None
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -126,13 +127,15 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         torch.default_generator.manual_seed(seed)
         try:
             start = _modes()
-            sys.setprofile(enter)
+            if not watched:
+                sys.setprofile(enter)
             graph = tracer.trace(clone)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
             first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
             raise UntraceableError(f"{type(error).__name__}: {first}") from error
         finally:
-            sys.setprofile(profiler)
+            if not watched:
+                sys.setprofile(None)
             recorded.clear()
             random.setstate(python_state)
     trace = ForwardTrace(
@@ -141,7 +144,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     trace.constants = any(key not in before and "constant" in key for key in vars(clone)) or any(
         node.op == "get_attr" and "_constant" in str(node.target) for node in graph.nodes
     )
-    trace.entered = frozenset(entered)
+    trace.entered = None if watched else frozenset(entered)
     for attribute, value in vars(clone).items():
         for proxy in _proxies(value):
             trace.stashed[proxy.node] = attribute
