@@ -7,6 +7,7 @@ copy, so that a forward which writes attributes leaves no trace of its own in th
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 import random
@@ -120,6 +121,8 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
             entered.add(frame.f_code)
 
     watched = sys.getprofile() is not None
+    # What other packages do whenever garbage is collected is not the forward's doing.
+    collecting = gc.isenabled()
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -127,6 +130,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         torch.default_generator.manual_seed(seed)
         try:
             start = _modes()
+            gc.disable()
             if not watched:
                 sys.setprofile(enter)
             graph = tracer.trace(clone)
@@ -136,6 +140,8 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         finally:
             if not watched:
                 sys.setprofile(None)
+            if collecting:
+                gc.enable()
             recorded.clear()
             random.setstate(python_state)
     trace = ForwardTrace(
