@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import gc
 import pickle
 import sys
 import threading
@@ -410,6 +411,26 @@ def test_a_forward_that_does_more_is_no_line(kind: type[Noting]) -> None:
     for _ in range(3):
         model(image())
     assert len(model.calls) == 3
+
+
+def test_collecting_garbage_is_not_the_forwards_doing() -> None:
+    """hypothesis and JAX have functions that run then."""
+    seen: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        seen.append(phase)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(10)
+    try:
+        model, _ = optimize(Halves())
+        assert nodes(model(image())) == [NODE]
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*thresholds)
+    assert seen
+    assert gc.isenabled()
 
 
 def test_a_profiler_that_watches_goes_on() -> None:
