@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The module `_checks`: whether a model is as it was when it was written out, asked before every run. In Python the
-// question took a tenth of a call of SegNet with one image: each look is a few instructions, but an interpreter whose
-// code values have pushed out of the caches.
+// question took 19 of the 148 us of a call of SegNet with one image (Zen 3): each look is a few instructions, but of an
+// interpreter whose code values have pushed out of the caches.
 #include <Python.h>
 
 namespace {

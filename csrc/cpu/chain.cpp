@@ -43,6 +43,7 @@ std::vector<Layer> layers_of(const Ints& code, const std::vector<double>& slopes
   return layers;
 }
 
+// By all strides, where formats.h leaves out those of extents of one: they tell the two formats apart where both fit.
 bool has_default_strides(const Tensor& tensor) {
   return tensor.stride(3) == 1 && tensor.stride(2) == tensor.size(3) &&
          tensor.stride(1) == tensor.size(2) * tensor.size(3);
