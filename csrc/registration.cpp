@@ -30,7 +30,9 @@ STABLE_TORCH_LIBRARY(segpose, m) {
       "int[2] output_padding, int[2] dilation, int groups, bool transposed, float negative_slope, int max_bytes, "
       "int[] donors) -> int");
   m.def("run_prepared(int handle, Tensor input, Tensor(a!) output) -> ()");
-  m.def("run_steps(int[] code, Tensor(a!)[] tensors) -> bool");
+  m.def("prepare_sequence(int[] code, int[] places, Tensor[] fixed) -> int");
+  m.def("run_sequence(int handle, Tensor(a!)[] given) -> (bool, Tensor[])");
+  m.def("release_sequence(int handle) -> ()");
   m.def("first_stale(int[] handles) -> int");
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");

@@ -59,7 +59,9 @@ _CPU_SCHEMAS = {
         "int[] needs) -> Tensor[]"
     ),
     "run_prepared": "(int handle, Tensor input, Tensor(a!) output) -> ()",
-    "run_steps": "(int[] code, Tensor(a!)[] tensors) -> bool",
+    "prepare_sequence": "(int[] code, int[] places, Tensor[] fixed) -> int",
+    "run_sequence": "(int handle, Tensor(a!)[] given) -> (bool, Tensor[])",
+    "release_sequence": "(int handle) -> ()",
     "first_stale": "(int[] handles) -> int",
     "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",

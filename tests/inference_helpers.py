@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from segpose_kernels.swap import SwapReport, optimize
+from segpose_kernels.swap.blueprint import FIXED
 from segpose_kernels.swap.inference import InferenceForward, Program
 
 Build = Callable[[], nn.Module]
@@ -54,3 +55,15 @@ def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module, S
     plain = copy.deepcopy(model)
     _, report = optimize(model, mode="inference", **options)
     return model, plain, report
+
+
+def run_steps(code: Sequence[int], tensors: Sequence[Tensor]) -> bool:
+    """The steps of a sequence between these tensors; False where a convolution is not current."""
+    places = [number for i in range(len(tensors)) for number in (FIXED, i, 0, 0, 0, 0, 0)]
+    handle = torch.ops.segpose.prepare_sequence(code, places, tensors)
+    try:
+        done, results = torch.ops.segpose.run_sequence(handle, [])
+    finally:
+        torch.ops.segpose.release_sequence(handle)
+    assert not results
+    return bool(done)

@@ -8,10 +8,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from inference_helpers import run_steps
 
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.pooling import contiguous
-from segpose_kernels.swap.blueprint import CONV, COPY, POOL, TRANSPOSE
+from segpose_kernels.swap.blueprint import (
+    CONV,
+    COPY,
+    FIXED,
+    GIVEN,
+    POOL,
+    RESULT,
+    SLICE,
+    TRANSPOSE,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -46,7 +56,7 @@ def test_contiguous_results(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     wide = torch.randn(n, c + 3, h, w).to(dtype).to(memory_format=torch.channels_last)
     for x in (wide[:, 3:].contiguous(memory_format=torch.channels_last), wide[:, 2:-1]):
         out = torch.empty(shape, dtype=dtype)
-        torch.ops.segpose.run_steps([TRANSPOSE, 0, 0, 1], [x, out])
+        run_steps([TRANSPOSE, 0, 0, 1], [x, out])
         assert torch.equal(out, x)
         found = contiguous(x)
         assert found.is_contiguous()
@@ -59,7 +69,7 @@ def test_contiguous_results_of_any_strides() -> None:
         x = torch.randn(80).as_strided(shape, strides)
         assert torch.equal(contiguous(x), x)
         out = torch.empty(shape)
-        torch.ops.segpose.run_steps([TRANSPOSE, 0, 0, 1], [x, out])
+        run_steps([TRANSPOSE, 0, 0, 1], [x, out])
         assert torch.equal(out, x)
 
 
@@ -81,7 +91,7 @@ def test_steps_in_one_call(dtype: torch.dtype) -> None:
         (TRANSPOSE, 0, 5, 6),
     ]
     code = [number for step in steps for number in step]
-    assert ops.run_steps(code, [x, other, joined, joined[:, :4], joined[:, 4:], pooled, out])
+    assert run_steps(code, [x, other, joined, joined[:, :4], joined[:, 4:], pooled, out])
     expected = torch.cat([F.conv2d(x, weight, padding=1).relu(), other], 1)
     torch.testing.assert_close(joined, expected, rtol=2e-2, atol=2e-2)
     assert torch.equal(joined[:, 4:], other)
@@ -109,7 +119,7 @@ def test_steps_do_not_run_with_what_is_no_longer_so(change: str) -> None:
             bias.data[0] += 1
         else:
             ops.set_algorithm("igemm")
-        assert not ops.run_steps([CONV, handle, 0, 1], [x, out])
+        assert not run_steps([CONV, handle, 0, 1], [x, out])
         assert not out.any()
         assert ops.first_stale([handle]) == 0
     finally:
@@ -117,21 +127,86 @@ def test_steps_do_not_run_with_what_is_no_longer_so(change: str) -> None:
         ops.release_prepared(handle)
 
 
-def test_steps_refuse_what_does_not_fit() -> None:
-    run = torch.ops.segpose.run_steps
+def test_sequences_allocate_their_results() -> None:
+    """A given tensor into channels of a result, the rest copied from one that is there; that result
+    in the other memory format too.
+    """
+    ops = torch.ops.segpose
+    x, other = torch.randn(2, 3, 8, 6), torch.randn(2, 5, 8, 6)
+    weight = torch.randn(4, 3, 3, 3)
+    attributes = ([1, 1], [1, 1], [0, 0], [1, 1], 1, False, 0.0, 1 << 20, [])
+    conv = ops.prepare_conv(weight, None, list(x.shape), *attributes)
+    places = [
+        *(RESULT, 1, 2, 9, 8, 6, 1),
+        *(RESULT, 1, 2, 9, 8, 6, 0),
+        *(SLICE, 0, 0, 4, 0, 0, 0),
+        *(SLICE, 0, 4, 5, 0, 0, 0),
+        *(FIXED, 0, 0, 0, 0, 0, 0),
+        *(GIVEN, 0, 0, 0, 0, 0, 0),
+    ]
+    code = [*(CONV, conv, 5, 2), *(COPY, 0, 4, 3), *(TRANSPOSE, 0, 0, 1)]
+    handle = ops.prepare_sequence(code, places, [other, torch.empty(0)])
+    for _ in range(2):
+        x = torch.randn_like(x)
+        done, (joined, planes) = ops.run_sequence(handle, [x])
+        assert done
+        expected = torch.cat([F.conv2d(x, weight, padding=1).relu(), other], 1)
+        torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-4)
+        assert joined.is_contiguous(memory_format=torch.channels_last)
+        assert planes.is_contiguous()
+        assert torch.equal(planes, joined)
+    ops.release_prepared(conv)
+    done, results = ops.run_sequence(handle, [x])  # its packed filter is gone
+    assert not done
+    assert not results
+    ops.release_sequence(handle)
+    with pytest.raises(RuntimeError, match=f"no sequence has the handle {handle}"):
+        ops.run_sequence(handle, [x])
+
+
+def test_sequences_refuse_what_does_not_fit() -> None:
     x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
-    with pytest.raises(RuntimeError, match="4 numbers for each step"):
-        run([COPY, 0, 0], [x])
-    with pytest.raises(RuntimeError, match="a step uses tensor 1 of 1"):
-        run([COPY, 0, 0, 1], [x])
+    with pytest.raises(RuntimeError, match="4 numbers for each step, got 3"):
+        run_steps([COPY, 0, 0], [x])
+    with pytest.raises(RuntimeError, match="uses place 1 of 1"):
+        run_steps([COPY, 0, 0, 1], [x])
     with pytest.raises(RuntimeError, match="no step has the kind 9"):
-        run([9, 0, 0, 0], [x])
+        run_steps([9, 0, 0, 0], [x])
+    with pytest.raises(RuntimeError, match="no prepared convolution has the handle -1"):
+        run_steps([CONV, -1, 0, 0], [x])
     with pytest.raises(RuntimeError, match="same shape and dtype"):
-        run([COPY, 0, 0, 1], [x, x[:, :2]])
+        run_steps([COPY, 0, 0, 1], [x, x[:, :2]])
     with pytest.raises(RuntimeError, match="output must be contiguous"):
-        run([TRANSPOSE, 0, 0, 1], [x, torch.empty_like(x)])
+        run_steps([TRANSPOSE, 0, 0, 1], [x, torch.empty_like(x)])
     with pytest.raises(RuntimeError, match="input must be channels_last"):
-        run([TRANSPOSE, 0, 0, 1], [x.contiguous(), x.contiguous()])
+        run_steps([TRANSPOSE, 0, 0, 1], [x.contiguous(), x.contiguous()])
+    with pytest.raises(RuntimeError, match="must be 4-D, got 3 dimensions"):
+        run_steps([COPY, 0, 0, 0], [x[0]])
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([FIXED, 0, 0], "7 numbers for each place, got 3"),
+        ([5, 0, 0, 0, 0, 0, 0], "no place has the kind 5"),
+        ([FIXED, 1, 0, 0, 0, 0, 0], "uses fixed tensor 1 of 1"),
+        ([RESULT, -1, 1, 3, 4, 4, 1], "uses fixed tensor -1 of 1"),
+        ([RESULT, 0, 1, -3, 4, 4, 1], "must not be negative, got -3"),
+        ([GIVEN, -1, 0, 0, 0, 0, 0], "negative number -1"),
+        ([SLICE, 0, 0, 1, 0, 0, 0], "uses place 0 of 0"),
+        ([GIVEN, 1, 0, 0, 0, 0, 0], "uses tensor 1 of 1 that are given"),
+        ([FIXED, 0, 0, 0, 0, 0, 0, SLICE, 0, 2, 2, 0, 0, 0], "channels 2 to 4 of 3"),
+    ],
+)
+def test_sequences_refuse_wrong_places(places: list[int], message: str) -> None:
+    ops = torch.ops.segpose
+    x = torch.randn(1, 3, 4, 4)
+
+    def run() -> None:
+        ops.run_sequence(ops.prepare_sequence([], places, [x]), [x])
+
+    with pytest.raises(RuntimeError, match=message):
+        run()
 
 
 def test_raw_operators_refuse_what_does_not_fit() -> None:

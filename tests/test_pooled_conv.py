@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from inference_helpers import run_steps
 from torch import Tensor, nn
 
 import segpose_kernels as sk
@@ -77,7 +78,7 @@ def test_pools_as_two_steps_do(
         for kind in (CONV, POOLED_CONV):
             between = _poisoned(n, k, h, w, dtype=dtype)
             out = _poisoned(n, k, h // 2, w // 2, dtype=dtype)
-            ops.run_steps([kind, handle, 0, 1, POOL, 0, 1, 2], [x, between, out])
+            run_steps([kind, handle, 0, 1, POOL, 0, 1, 2], [x, between, out])
             results.append(out)
         ops.release_prepared(handle)
         assert torch.equal(results[0].isnan(), results[1].isnan())
@@ -97,7 +98,7 @@ def test_a_pool_must_follow() -> None:
     handle = ops.prepare_conv(torch.randn(4, 3, 3, 3), None, list(x.shape), *attributes)
     between = _poisoned(1, 4, 8, 8, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="no pool reads what step 0 writes"):
-        ops.run_steps([POOLED_CONV, handle, 0, 1], [x, between])
+        run_steps([POOLED_CONV, handle, 0, 1], [x, between])
     ops.release_prepared(handle)
 
 

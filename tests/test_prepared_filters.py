@@ -226,6 +226,28 @@ def test_shapes_share_a_filter() -> None:
         torch.ops.segpose.set_algorithm("")
 
 
+class _Pyramid(nn.Module):
+    """One layer at more shapes than are kept for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for size in range(1, SHAPES_A_LAYER + 2):
+            x = self.conv(x).relu()[:, :, : 16 - size]
+        return x
+
+
+def test_more_shapes_in_a_model_than_are_kept() -> None:
+    model = _Pyramid().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode="inference")
+    for _ in range(3):
+        assert_right(model, plain, torch.randn(2, 3, 16, 9))
+    assert len(forms_of(model)) <= SHAPES_A_LAYER
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_memory_is_bounded(share: float) -> None:
     """Layers without room give the same results."""

@@ -18,27 +18,16 @@ void check_alike(const TensorView& in, const TensorView& out) {
 
 }  // namespace
 
-void write_contiguous(const Tensor& input, Tensor output) {
-  const TensorView in = view_of(input);
-  const TensorView out = view_of(output);
+void write_contiguous(const TensorView& in, const TensorView& out) {
   check_alike(in, out);
   STD_TORCH_CHECK((in.stride_c == 1 || in.c == 1) && (in.h == 1 || in.w == 1 || in.stride_h == in.w * in.stride_w),
                   "segpose: input must be channels_last");
-  STD_TORCH_CHECK(output.is_contiguous(), "segpose: output must be contiguous");
-  if (input.numel() == 0) return;
+  STD_TORCH_CHECK(is_contiguous(out), "segpose: output must be contiguous");
+  if (in.n * in.c * in.h * in.w == 0) return;
   transpose_pixels(in, out, torch_executor());
 }
 
-Tensor to_contiguous(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D");
-  Tensor output = allocate_result(input, {input.size(0), input.size(1), input.size(2), input.size(3)}, false);
-  write_contiguous(input, output);
-  return output;
-}
-
-void copy_channels(const Tensor& input, Tensor output) {
-  const TensorView in = view_of(input);
-  const TensorView out = view_of(output);
+void copy_channels(const TensorView& in, const TensorView& out) {
   check_alike(in, out);
   const auto size = static_cast<int64_t>(dtype_size(in.dtype));
   const int64_t run = in.stride_c == 1 && out.stride_c == 1 ? in.c : 1;
@@ -53,6 +42,13 @@ void copy_channels(const Tensor& input, Tensor output) {
       }
     }
   });
+}
+
+Tensor to_contiguous(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() == 4, "segpose: input must be 4-D");
+  Tensor output = allocate_result(input, {input.size(0), input.size(1), input.size(2), input.size(3)}, false);
+  write_contiguous(view_of(input), view_of(output));
+  return output;
 }
 
 }  // namespace segpose

@@ -198,14 +198,10 @@ void max_pool2x2_backward(const Tensor& grad_output, const Tensor& output, const
 }  // namespace
 
 // Rows and columns beyond the last whole window are left out.
-void max_pool2x2(const Tensor& input, Tensor output) {
-  STD_TORCH_CHECK(input.dim() == 4 && output.dim() == 4, "segpose: input and output must be 4-D");
-  STD_TORCH_CHECK(output.size(0) == input.size(0) && output.size(1) == input.size(1) &&
-                      output.size(2) == input.size(2) / 2 && output.size(3) == input.size(3) / 2,
+void max_pool2x2(const TensorView& in, const TensorView& out) {
+  STD_TORCH_CHECK(out.n == in.n && out.c == in.c && out.h == in.h / 2 && out.w == in.w / 2,
                   "segpose: output must have half the extents of input");
-  STD_TORCH_CHECK(output.scalar_type() == input.scalar_type(), "segpose: input and output must have the same dtype");
-  const TensorView in = view_of(input);
-  const TensorView out = view_of(output);
+  STD_TORCH_CHECK(out.dtype == in.dtype, "segpose: input and output must have the same dtype");
   STD_TORCH_CHECK(in.c <= 1 || (in.stride_c == 1 && out.stride_c == 1),
                   "segpose: the channels of input and output must be adjacent");
   const Executor executor = torch_executor();
@@ -221,9 +217,17 @@ void max_pool2x2(const Tensor& input, Tensor output) {
   }
 }
 
+namespace {
+
+void pool_tensors(const Tensor& input, Tensor output) {
+  STD_TORCH_CHECK(input.dim() == 4 && output.dim() == 4, "segpose: input and output must be 4-D");
+  max_pool2x2(view_of(input), view_of(output));
+}
+
+}  // namespace
 }  // namespace segpose
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
-  m.impl("max_pool2x2", TORCH_BOX(&segpose::max_pool2x2));
+  m.impl("max_pool2x2", TORCH_BOX(&segpose::pool_tensors));
   m.impl("max_pool2x2_backward", TORCH_BOX(&segpose::max_pool2x2_backward));
 }

@@ -10,14 +10,12 @@
 #include <array>
 #include <cstring>
 #include <memory>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "passes.h"
+#include "registry.h"
 #include "settings.h"
 #include "staging.h"
 #include "torch_views.h"
@@ -51,13 +49,26 @@ class Snapshot {
   using Samples = std::array<int64_t, kSamples>;
 
   Samples sample() const {
+    switch (tensor_.element_size()) {
+      case sizeof(int64_t):
+        return sample_as<int64_t>();
+      case sizeof(int32_t):
+        return sample_as<int32_t>();
+      case sizeof(int16_t):
+        return sample_as<int16_t>();
+      default:
+        return sample_as<int8_t>();
+    }
+  }
+
+  // Parameters are dense in some order of their axes, so every element lies in the first `count`.
+  template <class Word>
+  Samples sample_as() const {
     Samples samples{};
     const int64_t count = tensor_.numel();
-    const auto size = static_cast<int64_t>(tensor_.element_size());
-    const auto* bytes = static_cast<const char*>(tensor_.data_ptr());
-    // Parameters are dense in some order of their axes, so every element lies in the first `count`.
+    const auto* words = static_cast<const Word*>(tensor_.data_ptr());
     for (int64_t i = 0; i < kSamples && count > 0; ++i) {
-      std::memcpy(&samples[i], bytes + (count - 1) * i / (kSamples - 1) * size, static_cast<size_t>(size));
+      samples[static_cast<size_t>(i)] = words[(count - 1) * i / (kSamples - 1)];
     }
     return samples;
   }
@@ -68,7 +79,11 @@ class Snapshot {
   Samples samples_;
 };
 
+}  // namespace
+
 struct PreparedConv {
+  static constexpr const char* kName = "prepared convolution";
+
   Plan plan;
   Ints input_shape, output_shape;
   Snapshot weight;
@@ -82,47 +97,14 @@ struct PreparedConv {
   }
 };
 
-class Registry {
- public:
-  // Never destroyed: tensors must not be freed after torch's own statics.
-  static Registry& instance() {
-    static auto* registry = new Registry;
-    return *registry;
-  }
+namespace {
 
-  int64_t add(std::shared_ptr<const PreparedConv> conv) {
-    const std::unique_lock lock(mutex_);
-    convs_.emplace(++last_, std::move(conv));
-    return last_;
-  }
-
-  std::shared_ptr<const PreparedConv> get(int64_t handle) const {
-    const std::shared_lock lock(mutex_);
-    const auto found = convs_.find(handle);
-    STD_TORCH_CHECK(found != convs_.end(), "segpose: no prepared convolution has the handle ", handle);
-    return found->second;
-  }
-
-  // What runs in another thread keeps it until it is done.
-  void remove(int64_t handle) {
-    std::shared_ptr<const PreparedConv> conv;
-    const std::unique_lock lock(mutex_);
-    const auto found = convs_.find(handle);
-    if (found == convs_.end()) return;
-    conv = std::move(found->second);
-    convs_.erase(found);
-  }
-
- private:
-  mutable std::shared_mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const PreparedConv>> convs_;
-  int64_t last_ = 0;
-};
+using Convolutions = Registry<PreparedConv>;
 
 // The packed filter of one of these, if it fits.
 OptionalTensor packed_by(const Ints& donors, const Plan& plan, const Tensor& weight) {
   for (const int64_t handle : donors) {
-    const std::shared_ptr<const PreparedConv> donor = Registry::instance().get(handle);
+    const std::shared_ptr<const PreparedConv> donor = Convolutions::instance().get(handle);
     if (donor->packed.has_value() && donor->weight.tensor().data_ptr() == weight.data_ptr() && donor->current() &&
         same_packing(donor->plan, plan)) {
       return donor->packed;
@@ -156,29 +138,22 @@ int64_t prepare_conv(const Tensor& weight, const OptionalTensor& bias, Ints inpu
   }
   std::optional<Snapshot> bias_snapshot;
   if (bias.has_value()) bias_snapshot.emplace(*bias);
-  return Registry::instance().add(std::make_shared<const PreparedConv>(
+  return Convolutions::instance().add(std::make_shared<const PreparedConv>(
       PreparedConv{std::move(plan), std::move(input_shape), output_shape, Snapshot(weight), bias_snapshot, packed,
                    epilogue_from_slope(negative_slope), settings_key()}));
 }
 
-bool has_shape(const Tensor& tensor, const Ints& shape) {
-  if (tensor.dim() != 4) return false;
-  for (int64_t axis = 0; axis < 4; ++axis) {
-    if (tensor.size(axis) != shape[static_cast<size_t>(axis)]) return false;
-  }
-  return true;
-}
-
-void check_operand(const Tensor& tensor, const char* name, const Ints& shape, const Tensor& weight) {
-  STD_TORCH_CHECK(has_shape(tensor, shape), "segpose: ", name, " must have the prepared shape ", shape[0], " x ",
-                  shape[1], " x ", shape[2], " x ", shape[3]);
-  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), "segpose: ", name, " must have the dtype of weight");
+void check_operand(const TensorView& view, const char* name, const Ints& shape, const PreparedConv& conv) {
+  STD_TORCH_CHECK(view.n == shape[0] && view.c == shape[1] && view.h == shape[2] && view.w == shape[3],
+                  "segpose: ", name, " must have the prepared shape ", shape[0], " x ", shape[1], " x ", shape[2],
+                  " x ", shape[3]);
+  STD_TORCH_CHECK(view.dtype == conv.plan.dtype, "segpose: ", name, " must have the dtype of weight");
 }
 
 // Position of the first that is not current, or -1.
 int64_t first_stale(Ints handles) {
   for (size_t i = 0; i < handles.size(); ++i) {
-    if (!is_current(handles[i])) return static_cast<int64_t>(i);
+    if (!Convolutions::instance().get(handles[i])->current()) return static_cast<int64_t>(i);
   }
   return -1;
 }
@@ -192,13 +167,13 @@ int64_t fingerprint(std::vector<Tensor> tensors) {
 
 // The plan, the bytes of the packed filter and where it lies: convolutions may share one.
 std::tuple<std::string, int64_t, int64_t> prepared_info(int64_t handle) {
-  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
+  const std::shared_ptr<const PreparedConv> conv = Convolutions::instance().get(handle);
   const bool packed = conv->packed.has_value();
   return {conv->plan.str(), packed ? conv->packed->numel() : 0,
           packed ? reinterpret_cast<int64_t>(conv->packed->data_ptr()) : 0};
 }
 
-void release_prepared(int64_t handle) { Registry::instance().remove(handle); }
+void release_prepared(int64_t handle) { Convolutions::instance().remove(handle); }
 
 // Memory for activations that are kept between runs.
 Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
@@ -206,9 +181,9 @@ Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
   return allocate_bytes(bytes, like.device(), Use::runs);
 }
 
-void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, const Epilogue& epilogue) {
+void run(const PreparedConv& conv, const TensorView& input, const TensorView& output, const Epilogue& epilogue) {
   const Tensor& weight = conv.weight.tensor();
-  check_operand(input, "input", conv.input_shape, weight);
+  check_operand(input, "input", conv.input_shape, conv);
   STD_TORCH_CHECK(to_dtype(weight) == conv.plan.dtype,
                   "segpose: the dtype of weight has changed since it was prepared");
   // Waking the others takes some microseconds.
@@ -218,35 +193,45 @@ void run(const PreparedConv& conv, const Tensor& input, const Tensor& output, co
   if (conv.plan.cycles + kByteCycles * conv.plan.bytes < kAloneCycles) executor.workers = 1;
   const Tensor* bias = conv.bias.has_value() ? &conv.bias->tensor() : nullptr;
   const GatherPass request{&conv.plan,
-                           {view_of(input), nullptr},
+                           {input, nullptr},
                            filter_of(weight),
                            conv.packed.has_value() ? conv.packed->data_ptr() : nullptr,
                            bias != nullptr ? bias->data_ptr() : nullptr,
                            bias != nullptr ? bias->stride(0) : 0,
-                           view_of(output),
+                           output,
                            epilogue};
   const Workspace workspace(gather_workspace(request, executor.workers), weight);
   run_gather_pass(request, workspace.data(), executor);
 }
 
-}  // namespace
-
-bool is_current(int64_t handle) { return Registry::instance().get(handle)->current(); }
-
-void run_prepared(int64_t handle, const Tensor& input, Tensor output) {
-  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
-  check_operand(output, "output", conv->output_shape, conv->weight.tensor());
-  run(*conv, input, output, conv->epilogue);
+TensorView checked_view(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "segpose: ", name, " must be 4-D, got ", tensor.dim(), " dimensions");
+  return view_of(tensor);
 }
 
-bool run_prepared_pooled(int64_t handle, const Tensor& input, Tensor output) {
-  const std::shared_ptr<const PreparedConv> conv = Registry::instance().get(handle);
-  const Ints& shape = conv->output_shape;
-  check_operand(output, "output", {shape[0], shape[1], shape[2] / 2, shape[3] / 2}, conv->weight.tensor());
-  if (!can_pool(conv->plan, view_of(output))) return false;
-  Epilogue epilogue = conv->epilogue;
+void run_one(int64_t handle, const Tensor& input, Tensor output) {
+  const std::shared_ptr<const PreparedConv> conv = find_prepared(handle);
+  run_prepared(*conv, checked_view(input, "input"), checked_view(output, "output"));
+}
+
+}  // namespace
+
+std::shared_ptr<const PreparedConv> find_prepared(int64_t handle) { return Convolutions::instance().get(handle); }
+
+bool is_current(const PreparedConv& conv) { return conv.current(); }
+
+void run_prepared(const PreparedConv& conv, const TensorView& input, const TensorView& output) {
+  check_operand(output, "output", conv.output_shape, conv);
+  run(conv, input, output, conv.epilogue);
+}
+
+bool run_prepared_pooled(const PreparedConv& conv, const TensorView& input, const TensorView& output) {
+  const Ints& shape = conv.output_shape;
+  check_operand(output, "output", {shape[0], shape[1], shape[2] / 2, shape[3] / 2}, conv);
+  if (!can_pool(conv.plan, output)) return false;
+  Epilogue epilogue = conv.epilogue;
   epilogue.pooled = true;
-  run(*conv, input, output, epilogue);
+  run(conv, input, output, epilogue);
   return true;
 }
 
@@ -254,7 +239,7 @@ bool run_prepared_pooled(int64_t handle, const Tensor& input, Tensor output) {
 
 STABLE_TORCH_LIBRARY_IMPL(segpose, CPU, m) {
   m.impl("prepare_conv", TORCH_BOX(&segpose::prepare_conv));
-  m.impl("run_prepared", TORCH_BOX(&segpose::run_prepared));
+  m.impl("run_prepared", TORCH_BOX(&segpose::run_one));
   m.impl("fingerprint", TORCH_BOX(&segpose::fingerprint));
   m.impl("allocate_workspace", TORCH_BOX(&segpose::allocate_workspace));
 }

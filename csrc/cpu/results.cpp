@@ -7,8 +7,6 @@
 
 namespace segpose {
 
-using torch::headeronly::MemoryFormat;
-
 namespace {
 
 // Results of such sizes lie in a pool. Those in between do not: kept for one size, they would be missed for others. A
@@ -28,6 +26,23 @@ int64_t bytes_of(const Tensor& like, const Ints& shape) {
   return bytes;
 }
 
+Ints strides_of(const Ints& shape, bool channels_last) {
+  const int64_t c = shape[1], h = shape[2], w = shape[3];
+  return channels_last ? Ints{h * w * c, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
+}
+
+// torch's empty_strided without its dispatcher, which takes as long as a small convolution.
+Tensor allocate(const Tensor& like, const Ints& shape, const Ints& strides) {
+  int32_t dtype = 0, device = 0;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype, device, like.get_device_index(),
+                                                         &result));
+  return Tensor(result);
+}
+
 Tensor allocate_from(WorkspacePool* pool, const Tensor& like, const Ints& shape, const Ints& strides) {
   const int64_t bytes = bytes_of(like, shape);
   const Tensor block = pool->acquire(bytes, bytes + bytes / 8, like.device());
@@ -39,12 +54,8 @@ Tensor allocate_from(WorkspacePool* pool, const Tensor& like, const Ints& shape,
 
 Tensor allocate_result(const Tensor& like, const Ints& shape, bool channels_last) {
   WorkspacePool* const pool = pool_for(bytes_of(like, shape));
-  if (pool == nullptr) {
-    return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
-  const int64_t c = shape[1], h = shape[2], w = shape[3];
-  return allocate_from(pool, like, shape, channels_last ? Ints{h * w * c, 1, w * c, c} : Ints{c * h * w, h * w, w, 1});
+  const Ints strides = strides_of(shape, channels_last);
+  return pool == nullptr ? allocate(like, shape, strides) : allocate_from(pool, like, shape, strides);
 }
 
 Tensor allocate_gradient(const Tensor& like) {

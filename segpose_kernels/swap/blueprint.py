@@ -27,10 +27,14 @@ from .pieces import tensors_of
 from .steps import CatStep, ConvStep, PoolStep, Step, Steps
 
 _ALIGNMENT = 64
-# What the kernels do in a step (csrc/cpu/sequence.cpp).
+# What the kernels do in a step, and where tensors lie (csrc/cpu/sequence.cpp).
 CONV, POOL, COPY, TRANSPOSE, POOLED_CONV = range(5)
+FIXED, GIVEN, RESULT, SLICE = range(4)
 
 Shape = tuple[int, ...]
+Ints = list[int]
+# Of a root: (root, first channel, channels).
+View = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -100,37 +104,56 @@ class Segment:
         position: of the first step.
         step: the one that runs as it is.
         expects: what values must look like that code of the model made.
-        new: values to allocate first, in channels_last.
-        slices: views to take of them, as (value, root, first channel, channels).
-        results: values to allocate in torch's default memory format.
-        used: the tensors of the call, by value.
-        code: (kind, layer, number of the tensor read, of the one written) of each instruction.
+        code: (kind, layer, value read, value written) of each instruction.
+        results: values to allocate in every run, and whether in channels_last.
+        inside: views of results for the call alone, as value: (root, first channel, channels).
+        slices: those that something after the call sees, as (value, root, first channel, channels).
+        fixed: values in the arena that the call uses.
+        given: values that it takes from before.
         drops: values that nothing reads later.
     """
 
     position: int
     step: Step | None = None
     expects: list[tuple[int, Seen]] = field(default_factory=list)
-    new: list[tuple[int, Seen]] = field(default_factory=list)
-    slices: list[tuple[int, int, int, int]] = field(default_factory=list)
-    results: list[tuple[int, Seen]] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
     code: list[tuple[int, int, int, int]] = field(default_factory=list)
+    results: list[tuple[int, Seen, bool]] = field(default_factory=list)
+    inside: dict[int, View] = field(default_factory=dict)
+    slices: list[tuple[int, int, int, int]] = field(default_factory=list)
+    fixed: list[int] = field(default_factory=list)
+    given: list[int] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)
 
-    def add(self, kind: int, layer: int, source: int, target: int) -> None:
-        """An instruction between two values."""
-        for index in (source, target):
-            if index not in self.used:
-                self.used.append(index)
-        self.code.append((kind, layer, self.used.index(source), self.used.index(target)))
+    @property
+    def used(self) -> list[int]:
+        """The values of the instructions."""
+        return list(dict.fromkeys(index for step in self.code for index in step[2:]))
 
-    def numbers(self, handles: Sequence[int]) -> list[int]:
-        """What the kernels take, for these convolutions."""
-        flat: list[int] = []
+    def numbers(self, handles: Sequence[int], dtypes: Sequence[torch.dtype]) -> tuple[Ints, Ints]:
+        """Code and places as the kernels take them, for these convolutions; behind the tensors of
+        `fixed` follows one of each dtype.
+        """
+        places: list[list[int]] = []
+        place: dict[int, int] = {}
+
+        def put(index: int, *numbers: int) -> None:
+            place[index] = len(places)
+            places.append([*numbers, *[0] * (7 - len(numbers))])
+
+        for index, seen, channels_last in self.results:
+            like = len(self.fixed) + dtypes.index(seen.dtype)
+            put(index, RESULT, like, *seen.shape, int(channels_last))
+        for index, (root, first, channels) in self.inside.items():
+            put(index, SLICE, place[root], first, channels)
+        for number, index in enumerate(self.fixed):
+            put(index, FIXED, number)
+        for number, index in enumerate(self.given):
+            put(index, GIVEN, number)
+        code: Ints = []
         for kind, layer, source, target in self.code:
-            flat += (kind, handles[layer] if kind in (CONV, POOLED_CONV) else 0, source, target)
-        return flat
+            handle = handles[layer] if kind in (CONV, POOLED_CONV) else 0
+            code += (kind, handle, place[source], place[target])
+        return code, [number for numbers in places for number in numbers]
 
 
 class Blueprint:
@@ -157,8 +180,7 @@ class Blueprint:
                 self._place_inputs(position)
         # Values beyond those of the steps: where copies go, and transposed results.
         self.values = steps.values
-        # Views of a root: (root, first channel, channels) by value.
-        self.views: dict[int, tuple[int, int, int]] = {}
+        self.views: dict[int, View] = {}
         for index in self.parents:
             self.views[index] = (*self._root(index), self.seen_of(index).shape[1])
         self.results = [
@@ -307,12 +329,12 @@ class Blueprint:
                 for index, first, channels in instruction.copies:
                     inside = self._new_value()
                     self.views[inside] = root, offset + first, channels
-                    segment.add(COPY, 0, index, inside)
+                    segment.code.append((COPY, 0, index, inside))
             else:
                 kind = CONV if instruction.kind == "conv" else POOL
                 if self._is_pooled(position):
                     kind = POOLED_CONV
-                segment.add(kind, instruction.layer, step.reads[0], step.writes)
+                segment.code.append((kind, instruction.layer, step.reads[0], step.writes))
             for index in step.reads:
                 # What code of the model made may look different in another run.
                 if not self._is_ours(index) and index in self.steps.writers:
@@ -320,8 +342,8 @@ class Blueprint:
         if self.results and (not segments or segments[-1].step is not None):
             segments.append(Segment(len(self.code)))
         for index, result in self.results:
-            segments[-1].add(TRANSPOSE, 0, index, result)
-            segments[-1].results.append((result, self.seen_of(index)))
+            segments[-1].code.append((TRANSPOSE, 0, index, result))
+            segments[-1].results.append((result, self.seen_of(index), False))
         return segments
 
     def _allocate(self) -> None:
@@ -341,12 +363,38 @@ class Blueprint:
             for segment in self.segments:
                 if segment.step is None and segment.position <= start:
                     home = segment
-            fresh = home.results if self._is_contiguous(root) else home.new
-            fresh.append((root, self.seen_of(root)))
-            home.slices += [
-                (index, *place) for index, place in self.views.items() if place[0] == root
-            ]
+            home.results.append((root, self.seen_of(root), not self._is_contiguous(root)))
         self._fill_arena(lifetimes)
+        ends = [segment.position for segment in self.segments[1:]] + [len(self.code)]
+        for segment, end in zip(self.segments, ends, strict=True):
+            self._find_places(segment, end)
+
+    def _find_places(self, segment: Segment, end: int) -> None:
+        """Where the values of a call lie: in the arena, in its results, or given to it."""
+        results = {index for index, _, _ in segment.results}
+        for index, view in self.views.items():
+            if view[0] not in results:
+                continue
+            if index in segment.used:
+                segment.inside[index] = view
+            if self._is_seen_outside(index, segment, end):
+                segment.slices.append((index, *view))
+        for index in segment.used:
+            if index in results or index in segment.inside:
+                continue
+            in_arena = self.views.get(index, (index,))[0] in self.arena
+            (segment.fixed if in_arena else segment.given).append(index)
+
+    def _is_seen_outside(self, index: int, segment: Segment, end: int) -> bool:
+        """Whether another segment, or the caller, uses a value."""
+        positions = list(self.steps.readers.get(index, ()))
+        if index in self.steps.writers:
+            positions.append(self.steps.writers[index])
+        return (
+            index in self.steps.outputs
+            or any(not segment.position <= position < end for position in positions)
+            or any(index in other.used for other in self.segments if other is not segment)
+        )
 
     def _fill_arena(self, lifetimes: dict[int, tuple[int, int]]) -> None:
         """Largest first, each at the lowest place that is free for as long as it lives."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu_float32_precision
-from .blueprint import Blueprint, Seen, see
+from .blueprint import Blueprint, Seen, Segment, see
 from .eligible import Fused
 from .filters import FilterCache, Form
 from .layout import contiguous_values
@@ -23,8 +23,29 @@ from .pieces import tensors_of
 from .steps import Steps, fill
 from .unchanged import Unchanged
 
-# Bytes from which results may lie in memory that is kept (csrc/cpu/results.h).
-_LARGE = 256 << 10
+
+class Call:
+    """A segment bound to the memory of a frame and to the layers' forms; frees both when it goes.
+
+    The forms are not kept alive: without one of them, or once the kernels would prepare it in
+    another way, `run` gives None.
+    """
+
+    def __init__(self, segment: Segment, handles: Sequence[int], views: dict[int, Tensor]) -> None:
+        dtypes = list(dict.fromkeys(seen.dtype for _, seen, _ in segment.results))
+        code, places = segment.numbers(handles, dtypes)
+        fixed = [views[index] for index in segment.fixed]
+        fixed += [torch.empty(0, dtype=dtype) for dtype in dtypes]
+        self.handle = torch.ops.segpose.prepare_sequence(code, places, fixed)
+        # Not by __del__, see filters.Form.
+        released = weakref.finalize(self, torch.ops.segpose.release_sequence.default, self.handle)
+        released.atexit = False
+        self._run = torch.ops.segpose.run_sequence.default
+
+    def run(self, given: list[Tensor]) -> list[Tensor] | None:
+        """The segment's results in order."""
+        done, results = self._run(self.handle, given)
+        return results if done else None
 
 
 class Frame:
@@ -37,63 +58,43 @@ class Frame:
         with torch.inference_mode(False), torch.no_grad():
             like = torch.empty(0, dtype=torch.uint8)
             self.arena = torch.ops.segpose.allocate_workspace(like, blueprint.arena_bytes)
-            self.fixed = self._views()
-        self.like = {
-            seen.dtype: torch.empty(0, dtype=seen.dtype)
-            for segment in blueprint.segments
-            for _, seen in (*segment.new, *segment.results)
-        }
-        self.forms: list[weakref.ref[Form]] = []
-        self.codes: list[list[int]] = []
-        # What the forms were made from.
+            self.views = self._views()
+        # One for each segment that is not a step of the model.
+        self.calls: list[Call | None] = []
+        # Forms made in this run, which the cache may have no place for.
+        self.forms: list[Form] = []
+        # What the calls were made from.
         self.precision = ""
         self.unchanged = Unchanged()
         self.folded: list[tuple[Fused, weakref.ref[Form]]] = []
-        self.run_steps = torch.ops.segpose.run_steps.default
 
-    def _views(self) -> list[Tensor | None]:
+    def _views(self) -> dict[int, Tensor]:
+        """The values in the arena."""
         blueprint = self.blueprint
-        views: list[Tensor | None] = [None] * blueprint.values
+        views: dict[int, Tensor] = {}
         for root, begin in blueprint.arena.items():
             seen = blueprint.seen_of(root)
             flat = self.arena[begin : begin + seen.bytes].view(seen.dtype)
             n, c, h, w = seen.shape
             views[root] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
         for index, (root, first, channels) in blueprint.views.items():
-            whole = views[root]
-            if whole is not None:
-                views[index] = whole.narrow(1, first, channels)
+            if root in views:
+                views[index] = views[root].narrow(1, first, channels)
         return views
 
-    def _allocate(self, seen: Seen, *, channels_last: bool) -> Tensor:
-        if seen.bytes >= _LARGE:
-            result: Tensor = torch.ops.segpose.allocate_result(
-                self.like[seen.dtype], seen.shape, channels_last
-            )
-            return result
-        strides = seen.strides if channels_last else seen.contiguous_strides
-        # With caches full of other things half the time of an empty.
-        return torch.empty_strided(seen.shape, strides, dtype=seen.dtype)
-
-    def _hold(self) -> list[Form]:
-        """The layers' forms as Python sees the weights now; what is returned keeps them alive."""
-        if not self.codes or self.precision != cpu_float32_precision() or not self.unchanged.hold():
-            return self._prepare()
-        held = []
-        for reference in self.forms:
-            form = reference()
-            if form is None:
-                return self._prepare()
-            held.append(form)
+    def _is_current(self) -> bool:
+        """Whether the calls are those of the weights as Python sees them now."""
+        if not self.calls or self.precision != cpu_float32_precision() or not self.unchanged.hold():
+            return False
         for conv, reference in self.folded:
             form = reference()
             if form is None or not form.matches(*tensors_of(conv), self.precision):
-                return self._prepare()
-        return held
+                return False
+        return True
 
-    def _prepare(self) -> list[Form]:
-        """The layers' forms as the weights and settings are now, and what the kernels take."""
-        forms = []
+    def _prepare(self) -> None:
+        """Bind the layers' forms as the weights and settings are now."""
+        self.forms = []
         self.precision = cpu_float32_precision()
         self.unchanged = Unchanged()
         self.folded = []
@@ -107,18 +108,32 @@ class Frame:
             assert form is not None, "the first run had a result"
             if weight is not layer.conv._parameters["weight"]:
                 self.folded.append((layer.conv, weakref.ref(form)))
-            forms.append(form)
-        self.forms = [weakref.ref(form) for form in forms]
-        handles = [form.handle for form in forms]
-        self.codes = [segment.numbers(handles) for segment in self.blueprint.segments]
-        return forms
+            self.forms.append(form)
+        handles = [form.handle for form in self.forms]
+        self.calls = [
+            Call(segment, handles, self.views) if segment.step is None else None
+            for segment in self.blueprint.segments
+        ]
+
+    def _call(self, number: int, given: list[Tensor]) -> list[Tensor]:
+        """The results of a segment."""
+        while True:
+            call = self.calls[number]
+            assert call is not None
+            results = call.run(given)
+            if results is not None:
+                return results
+            # What Python does not see has changed: memory, or the number of threads; or another
+            # thread has let go of a form.
+            self._prepare()
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """The model's output."""
         blueprint = self.blueprint
         steps = blueprint.steps
-        forms = self._hold()
-        values: list[Any] = self.fixed.copy()
+        if not self._is_current():
+            self._prepare()
+        values: list[Any] = [None] * blueprint.values
         for (_, index), value in zip(steps.parameters, inputs, strict=True):
             values[index] = value
         for number, segment in enumerate(blueprint.segments):
@@ -128,26 +143,23 @@ class Frame:
                 for index, expected in segment.expects:
                     if see(values[index]) != expected:
                         return self._finish(segment.position, values)
-                for index, seen in segment.new:
-                    values[index] = self._allocate(seen, channels_last=True)
+                results = self._call(number, [values[index] for index in segment.given])
+                for (index, _, _), result in zip(segment.results, results, strict=True):
+                    values[index] = result
                 for index, root, first, channels in segment.slices:
                     values[index] = values[root].narrow(1, first, channels)
-                for index, seen in segment.results:
-                    values[index] = self._allocate(seen, channels_last=False)
-                tensors = [values[index] for index in segment.used]
-                while not self.run_steps(self.codes[number], tensors):
-                    # What Python does not see has changed: memory, or the number of threads.
-                    forms = self._prepare()
             for index in segment.drops:
                 values[index] = None
-        for index, result in blueprint.results:
-            values[index] = values[result]
-        del forms
+        for index, transposed in blueprint.results:
+            values[index] = values[transposed]
         output = fill(steps.output, values)
         return output if blueprint.formatted else contiguous_values(output)
 
     def _finish(self, position: int, values: list[Any]) -> Any:
         """The rest of a run whose shapes turned out to be other ones."""
+        for place, view in self.views.items():
+            if values[place] is None:
+                values[place] = view
         for step in self.blueprint.steps.steps[position:]:
             values[step.writes] = step.run(values)
         output = fill(self.blueprint.steps.output, values)

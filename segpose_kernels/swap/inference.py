@@ -96,6 +96,7 @@ class Program:
 
     def _give_back(self, frame: Frame) -> None:
         """Keep the frames used last, within the bound."""
+        frame.forms.clear()
         self._idle.append(frame)
         if len(self._idle) == 1 and frame.blueprint.arena_bytes <= IDLE_BYTES:
             return
