@@ -14,6 +14,12 @@ Answer is_same(PyObject* table, PyObject* name, PyObject* value) {
   return (found == nullptr ? Py_None : found) == value ? Answer::yes : Answer::no;
 }
 
+Answer are_equal(PyObject* found, PyObject* value) {
+  const int equal = PyObject_RichCompareBool(found, value, Py_EQ);
+  if (equal < 0) PyErr_Clear();  // what cannot be compared, an array for example, is not equal
+  return equal == 1 ? Answer::yes : Answer::no;
+}
+
 // Of an item of a table, or an attribute of another object.
 Answer is_equal(PyObject* owner, PyObject* name, PyObject* value) {
   PyObject* found = nullptr;
@@ -29,10 +35,17 @@ Answer is_equal(PyObject* owner, PyObject* name, PyObject* value) {
     PyErr_Clear();
     return Answer::no;
   }
-  const int equal = PyObject_RichCompareBool(found, value, Py_EQ);
+  const Answer answer = are_equal(found, value);
   Py_DECREF(found);
-  if (equal < 0) PyErr_Clear();  // what cannot be compared, an array for example, is not equal
-  return equal == 1 ? Answer::yes : Answer::no;
+  return answer;
+}
+
+Answer answers(PyObject* function, PyObject* value) {
+  PyObject* found = PyObject_CallNoArgs(function);
+  if (found == nullptr) return Answer::error;
+  const Answer answer = are_equal(found, value);
+  Py_DECREF(found);
+  return answer;
 }
 
 Answer has_values(PyObject* table, PyObject* values) {
@@ -61,11 +74,16 @@ Answer all_of(PyObject* tuple, const Check& check) {
 }
 
 PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || PyTuple_Check(args[0]) == 0 || PyTuple_Check(args[1]) == 0 || PyTuple_Check(args[2]) == 0) {
-    PyErr_SetString(PyExc_TypeError, "hold takes three tuples");
+  bool tuples = count == 4;
+  for (Py_ssize_t i = 0; tuples && i < count; ++i) tuples = PyTuple_Check(args[i]) != 0;
+  if (!tuples) {
+    PyErr_SetString(PyExc_TypeError, "hold takes four tuples");
     return nullptr;
   }
-  Answer answer = all_of<2>(args[2], [](PyObject* const(&items)[2]) { return has_values(items[0], items[1]); });
+  Answer answer = all_of<2>(args[3], [](PyObject* const(&items)[2]) { return answers(items[0], items[1]); });
+  if (answer == Answer::yes) {
+    answer = all_of<2>(args[2], [](PyObject* const(&items)[2]) { return has_values(items[0], items[1]); });
+  }
   if (answer == Answer::yes) {
     answer = all_of<3>(args[0], [](PyObject* const(&items)[3]) { return is_same(items[0], items[1], items[2]); });
   }
@@ -78,10 +96,11 @@ PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hold)), METH_FASTCALL,
-     "hold(same, equal, values): whether table.get(name) is value for the tables, names and values of `same`, one "
-     "after "
-     "the other, owner[name] or owner.name == value for those of `equal`, and whether the tables of `values` hold "
-     "exactly the objects of the tuple after each, in that order."},
+     "hold(same, equal, values, answers): whether table.get(name) is value for the tables, names and values of `same`, "
+     "one after the other, owner[name] or owner.name == value for those of `equal`, whether the tables of `values` "
+     "hold "
+     "exactly the objects of the tuple after each, in that order, and whether the functions of `answers` return what "
+     "follows each."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_checks", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -3,4 +3,6 @@
 
 from typing import Any
 
-def hold(same: tuple[Any, ...], equal: tuple[Any, ...], values: tuple[Any, ...]) -> bool: ...
+def hold(
+    same: tuple[Any, ...], equal: tuple[Any, ...], values: tuple[Any, ...], answers: tuple[Any, ...]
+) -> bool: ...

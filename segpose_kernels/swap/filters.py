@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import backends, fastest
 from ..autograd import transforms_active
 from .eligible import Fused
+from .unchanged import Unchanged
 
 # Input shapes of a layer that are kept; those with the same algorithm share one packed filter.
 SHAPES_A_LAYER = 8
@@ -273,16 +274,22 @@ def run_prepared(form: Form, input: Tensor, output: Tensor) -> None:
     torch.ops.segpose.run_prepared(form.handle, input, output)
 
 
+@functools.cache
+def watchers() -> Unchanged:
+    """That nothing watches or transforms what runs now, torch.compile aside."""
+    nothing = Unchanged()
+    nothing.answer(transforms_active, False)
+    nothing.answer(torch._C._is_any_autocast_enabled, False)
+    nothing.answer(torch._C._get_tracing_state, None)
+    nothing.answer(torch._C._len_torch_dispatch_stack, 0)
+    nothing.answer(torch._C._len_torch_function_stack, 0)
+    return nothing
+
+
 def is_unwatched() -> bool:
     """Whether nothing watches or transforms what runs now."""
-    return not (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
+    # Asked first and here: torch.compile does not look into native functions.
+    return not torch.compiler.is_compiling() and watchers().hold()
 
 
 def needs_no_gradient(*tensors: Tensor | None) -> bool:

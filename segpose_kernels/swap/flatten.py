@@ -30,7 +30,12 @@ _REPLACED: dict[Any, tuple[str, ...]] = {
     nn.LeakyReLU: ("negative_slope",),
     nn.ReLU: (),
 }
-_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+# Tables of hooks that run with every module's call.
+_GLOBAL_HOOKS = tuple(
+    name
+    for name, table in vars(nn.modules.module).items()
+    if name.startswith("_global_") and "ward" in name and isinstance(table, dict)
+)
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,17 @@ class Operation:
 class Guards(Unchanged):
     """What must not have changed since the model was written out."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        for hooks in _GLOBAL_HOOKS:
+            self.empty(nn.modules.module, hooks)
+
     def watch_call(self, module: nn.Module) -> None:
         """A call that is replaced: nobody must want to see or change it."""
         self.same(vars(module), "forward")
         self.same(vars(module), "_compiled_call_impl")
         for hooks in CALL_HOOKS:
             self.empty(module, hooks)
-
-    def hold(self) -> bool:
-        return super().hold() and not _has_any_global_hook()
 
 
 @dataclass

@@ -49,11 +49,15 @@ class Call:
 
 
 class Frame:
-    """One run's memory: the arena, its views, and the layers' forms as they were last seen."""
+    """One run's memory: the arena, its views, and the layers' forms as they were last seen.
 
-    def __init__(self, blueprint: Blueprint, filters: FilterCache) -> None:
+    `always`: what must hold for any run of the program without gradients.
+    """
+
+    def __init__(self, blueprint: Blueprint, filters: FilterCache, always: Unchanged) -> None:
         self.blueprint = blueprint
         self.filters = filters
+        self.always = always
         # Not as inference tensors, which could not be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             like = torch.empty(0, dtype=torch.uint8)
@@ -61,11 +65,13 @@ class Frame:
             self.views = self._views()
         # One for each segment that is not a step of the model.
         self.calls: list[Call | None] = []
+        # Of the inputs of the run before, as the program writes it.
+        self.layouts: tuple[Any, ...] | None = None
         # Forms made in this run, which the cache may have no place for.
         self.forms: list[Form] = []
         # What the calls were made from.
-        self.precision = ""
         self.unchanged = Unchanged()
+        self.precision = ""
         self.folded: list[tuple[Fused, weakref.ref[Form]]] = []
 
     def _views(self) -> dict[int, Tensor]:
@@ -82,9 +88,11 @@ class Frame:
                 views[index] = views[root].narrow(1, first, channels)
         return views
 
-    def _is_current(self) -> bool:
-        """Whether the calls are those of the weights as Python sees them now."""
-        if not self.calls or self.precision != cpu_float32_precision() or not self.unchanged.hold():
+    def is_current(self) -> bool:
+        """Whether the calls are those of the weights as Python sees them now, and the program may
+        run without gradients.
+        """
+        if not self.calls or not self.unchanged.hold():
             return False
         for conv, reference in self.folded:
             form = reference()
@@ -92,11 +100,13 @@ class Frame:
                 return False
         return True
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Bind the layers' forms as the weights and settings are now."""
         self.forms = []
         self.precision = cpu_float32_precision()
         self.unchanged = Unchanged()
+        self.unchanged.include(self.always)
+        self.unchanged.answer(cpu_float32_precision, self.precision)
         self.folded = []
         for layer in self.blueprint.layers:
             weight, bias = tensors_of(layer.conv)
@@ -125,14 +135,12 @@ class Frame:
                 return results
             # What Python does not see has changed: memory, or the number of threads; or another
             # thread has let go of a form.
-            self._prepare()
+            self.prepare()
 
     def run(self, inputs: Sequence[Any]) -> Any:
-        """The model's output."""
+        """The model's output, once the frame is current."""
         blueprint = self.blueprint
         steps = blueprint.steps
-        if not self._is_current():
-            self._prepare()
         values: list[Any] = [None] * blueprint.values
         for (_, index), value in zip(steps.parameters, inputs, strict=True):
             values[index] = value

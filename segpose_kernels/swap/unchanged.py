@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class Unchanged:
         self._same: tuple[Any, ...] = ()
         self._equal: tuple[Any, ...] = ()
         self._values: tuple[Any, ...] = ()
+        self._answers: tuple[Any, ...] = ()
 
     def same(self, table: dict[str, Any], name: str) -> None:
         """The table has the object that it has now under that name, or none."""
@@ -43,6 +45,17 @@ class Unchanged:
         self.same(vars(owner), name)
         self._values += (vars(owner)[name], values)
 
+    def answer(self, function: Callable[[], Any], value: Any) -> None:
+        """The function returns that value."""
+        self._answers += (function, value)
+
+    def include(self, other: Unchanged) -> None:
+        """What the other one has noted."""
+        self._same += other._same
+        self._equal += other._equal
+        self._values += other._values
+        self._answers += other._answers
+
     def parameters(self, module: nn.Module) -> None:
         """The module's parameters, and what was written to them through torch."""
         self.values(module, "_parameters")
@@ -51,4 +64,4 @@ class Unchanged:
                 self.equal(parameter, "_version", parameter._version)
 
     def hold(self) -> bool:
-        return self._hold(self._same, self._equal, self._values)
+        return self._hold(self._same, self._equal, self._values, self._answers)
