@@ -180,3 +180,63 @@ def test_many_shapes_keep_few_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert_same(model, plain, x, f"size {size}")
             assert sum(frame.blueprint.arena_bytes for frame in program._idle) <= 200_000
     assert len(program._blueprints) == 8
+
+
+def test_runs_bind_once() -> None:
+    """Where gradients are enabled but nothing needs one, too."""
+    model, _, _ = optimized(nn.Sequential(nets.conv(3, 4), nn.ReLU()))
+    model.requires_grad_(False)
+    x = torch.randn(2, 3, 9, 9)
+    model(x), model(x)
+    (frame,) = program_of(model)._idle
+    (call,) = frame.calls
+    for enabled in (True, False, True):
+        with torch.set_grad_enabled(enabled):
+            model(x)
+        assert program_of(model)._idle == [frame]
+        assert frame.calls == [call]
+
+
+def test_what_changes_between_runs_that_are_alike() -> None:
+    """Modes, hooks for all modules, memory formats and dtypes after the short way was open."""
+    model, plain, _ = optimized(nn.Sequential(nets.conv(3, 4), nn.ReLU()))
+    x = torch.randn(2, 3, 9, 9)
+
+    def warm() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(model(x), plain(x))
+
+    warm()
+    assert model(x).requires_grad
+    warm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    warm()
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(type(module))
+    )
+    try:
+        warm()
+    finally:
+        handle.remove()
+    assert nn.Conv2d in {kind for base in seen for kind in base.__mro__}
+    assert len(seen) > 3 * len(list(plain.modules()))
+    warm()
+    model.train()
+    assert model.training
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+        model.eval()
+        for other in (x.to(memory_format=torch.channels_last), x[:1], x[:, :, ::2], x.mT):
+            torch.testing.assert_close(model(other), plain(other))
+        assert model(x).is_contiguous()
+        assert model(x.to(memory_format=torch.channels_last)).is_contiguous(
+            memory_format=torch.channels_last
+        )
+        with pytest.raises(RuntimeError):
+            model(x.double())
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), plain(x))
+    warm()

@@ -42,6 +42,7 @@ struct Place {
 };
 
 TensorView checked_view(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "segpose: tensors of a sequence must be on CPU");
   STD_TORCH_CHECK(tensor.dim() == 4, "segpose: tensors of a sequence must be 4-D, got ", tensor.dim(), " dimensions");
   return view_of(tensor);
 }

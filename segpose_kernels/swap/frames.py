@@ -69,8 +69,9 @@ class Frame:
         self.layouts: tuple[Any, ...] | None = None
         # Forms made in this run, which the cache may have no place for.
         self.forms: list[Form] = []
-        # What the calls were made from.
+        # What the calls were made from, and that with what must hold for any run.
         self.unchanged = Unchanged()
+        self.everything = Unchanged()
         self.precision = ""
         self.folded: list[tuple[Fused, weakref.ref[Form]]] = []
 
@@ -88,11 +89,12 @@ class Frame:
                 views[index] = views[root].narrow(1, first, channels)
         return views
 
-    def is_current(self) -> bool:
-        """Whether the calls are those of the weights as Python sees them now, and the program may
-        run without gradients.
+    def is_current(self, *, again: bool = False) -> bool:
+        """Whether the calls are those of the weights as Python sees them now; `again`: and whether
+        what must hold for any run does, in the same question.
         """
-        if not self.calls or not self.unchanged.hold():
+        facts = self.everything if again else self.unchanged
+        if not self.calls or not facts.hold():
             return False
         for conv, reference in self.folded:
             form = reference()
@@ -105,7 +107,6 @@ class Frame:
         self.forms = []
         self.precision = cpu_float32_precision()
         self.unchanged = Unchanged()
-        self.unchanged.include(self.always)
         self.unchanged.answer(cpu_float32_precision, self.precision)
         self.folded = []
         for layer in self.blueprint.layers:
@@ -119,6 +120,9 @@ class Frame:
             if weight is not layer.conv._parameters["weight"]:
                 self.folded.append((layer.conv, weakref.ref(form)))
             self.forms.append(form)
+        self.everything = Unchanged()
+        self.everything.include(self.always)
+        self.everything.include(self.unchanged)
         handles = [form.handle for form in self.forms]
         self.calls = [
             Call(segment, handles, self.views) if segment.step is None else None
