@@ -31,7 +31,7 @@ Ints strides_of(const Ints& shape, bool channels_last) {
   return channels_last ? Ints{h * w * c, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
 }
 
-// torch's empty_strided without its dispatcher, which takes as long as a small convolution.
+// torch's empty_strided, without its dispatcher on the way.
 Tensor allocate(const Tensor& like, const Ints& shape, const Ints& strides) {
   int32_t dtype = 0, device = 0;
   AtenTensorHandle result = nullptr;

@@ -255,7 +255,7 @@ def _signature(inputs: Sequence[Any], outermost: bool) -> Signature | None:
 
 
 def layouts_of(inputs: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Differs where signatures may, and where one of these has none; takes half the time."""
+    """Inputs whose layouts are equal have one signature; None where not all are CPU tensors."""
     parts: list[Any] = []
     for x in inputs:
         if type(x) is not Tensor or x.layout is not torch.strided or not x.is_cpu:
