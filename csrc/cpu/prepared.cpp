@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -202,11 +201,6 @@ void run(const PreparedConv& conv, const TensorView& input, const TensorView& ou
                            epilogue};
   const Workspace workspace(gather_workspace(request, executor.workers), weight);
   run_gather_pass(request, workspace.data(), executor);
-}
-
-TensorView checked_view(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4, "segpose: ", name, " must be 4-D, got ", tensor.dim(), " dimensions");
-  return view_of(tensor);
 }
 
 void run_one(int64_t handle, const Tensor& input, Tensor output) {

@@ -28,6 +28,7 @@ constexpr size_t kStepInts = 4;
 // what lies at an earlier place (that place, first channel, channels).
 enum PlaceKind : int64_t { kFixed = 0, kGiven = 1, kResult = 2, kSlice = 3 };
 constexpr size_t kPlaceInts = 7;
+constexpr const char* kTensor = "a tensor of a sequence";
 
 struct Step {
   int64_t kind;
@@ -40,12 +41,6 @@ struct Place {
   size_t number;
   std::array<int64_t, kPlaceInts - 2> rest;
 };
-
-TensorView checked_view(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "segpose: tensors of a sequence must be on CPU");
-  STD_TORCH_CHECK(tensor.dim() == 4, "segpose: tensors of a sequence must be 4-D, got ", tensor.dim(), " dimensions");
-  return view_of(tensor);
-}
 
 size_t checked_number(int64_t number, size_t count, const char* what) {
   STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(count), "segpose: a sequence uses ", what, " ", number,
@@ -128,7 +123,7 @@ class Sequence {
                         place.rest[axis]);
       }
     }
-    views_.push_back(kind == kFixed ? checked_view(fixed_[place.number]) : TensorView{});
+    views_.push_back(kind == kFixed ? checked_view(fixed_[place.number], kTensor) : TensorView{});
     places_.push_back(std::move(place));
   }
 
@@ -150,7 +145,7 @@ class Sequence {
       if (place.kind == kGiven) {
         STD_TORCH_CHECK(place.number < given.size(), "segpose: a sequence uses tensor ", place.number, " of ",
                         given.size(), " that are given");
-        views[i] = checked_view(given[place.number]);
+        views[i] = checked_view(given[place.number], kTensor);
       } else if (place.kind == kResult) {
         const Ints shape(place.rest.begin(), place.rest.begin() + 4);
         results.push_back(allocate_result(fixed_[place.number], shape, place.rest[4] != 0));

@@ -39,6 +39,12 @@ inline TensorView view_of(const Tensor& tensor) {
           tensor.size(3),    tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+inline TensorView checked_view(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "segpose: ", name, " must be on CPU");
+  STD_TORCH_CHECK(tensor.dim() == 4, "segpose: ", name, " must be 4-D, got ", tensor.dim(), " dimensions");
+  return view_of(tensor);
+}
+
 inline FilterView filter_of(const Tensor& tensor) {
   return {tensor.data_ptr(), to_dtype(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }

@@ -30,6 +30,7 @@ _ALIGNMENT = 64
 # What the kernels do in a step, and where tensors lie (csrc/cpu/sequence.cpp).
 CONV, POOL, COPY, TRANSPOSE, POOLED_CONV = range(5)
 FIXED, GIVEN, RESULT, SLICE = range(4)
+_PLACE_INTS = 7
 
 Shape = tuple[int, ...]
 Ints = list[int]
@@ -43,17 +44,6 @@ class Seen:
 
     shape: Shape
     dtype: torch.dtype
-
-    @functools.cached_property
-    def strides(self) -> tuple[int, ...]:
-        """Of channels_last."""
-        _, c, h, w = self.shape
-        return h * w * c, 1, w * c, c
-
-    @functools.cached_property
-    def contiguous_strides(self) -> tuple[int, ...]:
-        _, c, h, w = self.shape
-        return h * w * c, h * w, w, 1
 
     @functools.cached_property
     def bytes(self) -> int:
@@ -138,7 +128,7 @@ class Segment:
 
         def put(index: int, *numbers: int) -> None:
             place[index] = len(places)
-            places.append([*numbers, *[0] * (7 - len(numbers))])
+            places.append([*numbers, *[0] * (_PLACE_INTS - len(numbers))])
 
         for index, seen, channels_last in self.results:
             like = len(self.fixed) + dtypes.index(seen.dtype)
