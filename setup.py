@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Builds the kernels: `_C` (torch ops on the LibTorch stable ABI), `_C_cuda` (their CUDA kernels,
 where nvcc and a CUDA build of torch are), `_plan` (host-only bindings), `_limits` (what the
-machine computes at most) and `_checks` (whether a model has changed).
+machine computes at most), `_checks` (whether a model has changed) and `_calls` (sequences of
+prepared steps on torch's tensors).
 
 Environment:
     SEGPOSE_CUDA=0|1       without the CUDA kernels, or fail when they cannot be built; by default
@@ -236,10 +237,18 @@ def extensions() -> list[Extension]:
         extra_compile_args={"cxx": compile_flags()},
         extra_link_args=link_flags(),
     )
-    for module in (plan, limits, checks):
+    calls = CppExtension(
+        "segpose_kernels._calls",
+        ["csrc/calls.cpp"],
+        py_limited_api=True,
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    for module in (plan, limits, checks, calls):
         # Nothing of torch is used here: plain includes and libraries keep it so.
         module.include_dirs, module.libraries, module.library_dirs = [get_include()], [], []
-    found = [kernels, plan, limits, checks]
+    calls.include_dirs = include_paths()  # for a header of plain C that torch brings along
+    found = [kernels, plan, limits, checks, calls]
     if CUDA_HOME is not None and NO_CUDA_REASON is None:
         found.append(cuda_extension(CUDA_HOME))
     return found

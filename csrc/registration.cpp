@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("prepare_sequence(int[] code, int[] places, Tensor[] fixed) -> int");
   m.def("run_sequence(int handle, Tensor(a!)[] given) -> (bool, Tensor[])");
   m.def("release_sequence(int handle) -> ()");
+  m.def("sequence_entry() -> int");
   m.def("first_stale(int[] handles) -> int");
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");

@@ -62,6 +62,7 @@ _CPU_SCHEMAS = {
     "prepare_sequence": "(int[] code, int[] places, Tensor[] fixed) -> int",
     "run_sequence": "(int handle, Tensor(a!)[] given) -> (bool, Tensor[])",
     "release_sequence": "(int handle) -> ()",
+    "sequence_entry": "() -> int",
     "first_stale": "(int[] handles) -> int",
     "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
-#include <optional>
+#include <span>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -13,6 +13,7 @@
 #include "prepared.h"
 #include "registry.h"
 #include "results.h"
+#include "sequence_entry.h"
 
 namespace segpose {
 namespace {
@@ -67,16 +68,26 @@ class Sequence {
     }
   }
 
-  // The results; nothing, and nothing done, where a convolution is no longer as it was prepared.
-  std::optional<std::vector<Tensor>> run(const std::vector<Tensor>& given) const {
+  // In the order of their places.
+  std::vector<Tensor> allocate_results() const {
+    std::vector<Tensor> results;
+    for (const Place& place : places_) {
+      if (place.kind != kResult) continue;
+      const Ints shape(place.rest.begin(), place.rest.begin() + 4);
+      results.push_back(allocate_result(fixed_[place.number], shape, place.rest[4] != 0));
+    }
+    return results;
+  }
+
+  // False, and nothing done, where a convolution is no longer as it was prepared.
+  bool run(std::span<const TensorView> given, std::span<const TensorView> results) const {
     std::vector<std::shared_ptr<const PreparedConv>> convs;
     convs.reserve(steps_.size());
     for (const Step& step : steps_) {
       convs.push_back(step.conv.lock());
       const bool needed = step.kind == kConv || step.kind == kPooledConv;
-      if (needed && (convs.back() == nullptr || !is_current(*convs.back()))) return std::nullopt;
+      if (needed && (convs.back() == nullptr || !is_current(*convs.back()))) return false;
     }
-    std::vector<Tensor> results;
     const std::vector<TensorView> views = find_views(given, results);
     for (size_t i = 0; i < steps_.size(); ++i) {
       const TensorView& input = views[steps_[i].input];
@@ -101,7 +112,7 @@ class Sequence {
           write_contiguous(input, output);
       }
     }
-    return results;
+    return true;
   }
 
  private:
@@ -138,18 +149,19 @@ class Sequence {
     steps_.push_back(std::move(step));
   }
 
-  std::vector<TensorView> find_views(const std::vector<Tensor>& given, std::vector<Tensor>& results) const {
+  std::vector<TensorView> find_views(std::span<const TensorView> given, std::span<const TensorView> results) const {
     std::vector<TensorView> views = views_;
+    size_t result = 0;
     for (size_t i = 0; i < places_.size(); ++i) {
       const Place& place = places_[i];
       if (place.kind == kGiven) {
         STD_TORCH_CHECK(place.number < given.size(), "segpose: a sequence uses tensor ", place.number, " of ",
                         given.size(), " that are given");
-        views[i] = checked_view(given[place.number], kTensor);
+        views[i] = given[place.number];
       } else if (place.kind == kResult) {
-        const Ints shape(place.rest.begin(), place.rest.begin() + 4);
-        results.push_back(allocate_result(fixed_[place.number], shape, place.rest[4] != 0));
-        views[i] = view_of(results.back());
+        STD_TORCH_CHECK(result < results.size(), "segpose: a sequence has more results than the ", results.size(),
+                        " that it was given room for");
+        views[i] = results[result++];
       } else if (place.kind == kSlice) {
         views[i] = slice(views[place.number], place.rest[0], place.rest[1]);
       }
@@ -180,9 +192,29 @@ int64_t prepare_sequence(Ints code, Ints places, std::vector<Tensor> fixed) {
 }
 
 std::tuple<bool, std::vector<Tensor>> run_sequence(int64_t handle, std::vector<Tensor> given) {
-  std::optional<std::vector<Tensor>> results = Sequences::instance().get(handle)->run(given);
-  if (!results.has_value()) return {false, {}};
-  return {true, std::move(*results)};
+  const std::shared_ptr<const Sequence> sequence = Sequences::instance().get(handle);
+  std::vector<TensorView> given_views, result_views;
+  for (const Tensor& tensor : given) given_views.push_back(checked_view(tensor, kTensor));
+  std::vector<Tensor> results = sequence->allocate_results();
+  for (const Tensor& tensor : results) result_views.push_back(view_of(tensor));
+  if (!sequence->run(given_views, result_views)) return {false, {}};
+  return {true, std::move(results)};
+}
+
+// What fails here fails again in run_sequence, which says why.
+bool run_views(int64_t handle, const TensorView* given, int64_t given_count, const TensorView* results,
+               int64_t result_count) {
+  try {
+    return Sequences::instance().get(handle)->run({given, static_cast<size_t>(given_count)},
+                                                  {results, static_cast<size_t>(result_count)});
+  } catch (...) {
+    return false;
+  }
+}
+
+int64_t sequence_entry() {
+  const RunSequence entry = run_views;
+  return reinterpret_cast<int64_t>(entry);
 }
 
 void release_sequence(int64_t handle) { Sequences::instance().remove(handle); }
@@ -194,4 +226,5 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("prepare_sequence", TORCH_BOX(&segpose::prepare_sequence));
   m.impl("run_sequence", TORCH_BOX(&segpose::run_sequence));
   m.impl("release_sequence", TORCH_BOX(&segpose::release_sequence));
+  m.impl("sequence_entry", TORCH_BOX(&segpose::sequence_entry));
 }

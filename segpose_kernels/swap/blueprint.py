@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..checks import NATIVE_DTYPES
 from .filters import Geometry, geometry_of, slope_of
+from .flatten import Value
 from .pieces import tensors_of
 from .steps import CatStep, ConvStep, PoolStep, Step, Steps
 
@@ -183,6 +184,8 @@ class Blueprint:
         self.segments = self._segments()
         self._allocate()
         self._drop()
+        # The model as one call on its inputs: which of the call's results it returns.
+        self.whole = self._find_whole()
 
     def _new_value(self) -> int:
         self.values += 1
@@ -412,6 +415,19 @@ class Blueprint:
                 if segment.position <= position:
                     home = segment
             home.drops.append(index)
+
+    def _find_whole(self) -> int | None:
+        segment = self.segments[0] if self.segments else None
+        output = self.steps.output
+        if len(self.segments) != 1 or segment is None or segment.step is not None:
+            return None
+        if segment.given != [index for _, index in self.steps.parameters]:
+            return None
+        if not isinstance(output, Value) or not self.formatted:
+            return None
+        written = dict(self.results).get(output.index, output.index)
+        results = [index for index, _, _ in segment.results]
+        return results.index(written) if written in results else None
 
     def notes(self) -> dict[str, str]:
         """What was done with each convolution besides its filter, by the layer's name."""

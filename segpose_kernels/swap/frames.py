@@ -7,8 +7,9 @@ sees is allocated in every run, large results from blocks that nobody holds any 
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .pieces import tensors_of
 from .steps import Steps, fill
 from .unchanged import Unchanged
 
+# Results from so many bytes on come from blocks that are kept (csrc/cpu/results.cpp).
+_KEPT_BYTES = 256 << 10
+
 
 class Call:
     """A segment bound to the memory of a frame and to the layers' forms; frees both when it goes.
@@ -32,6 +36,9 @@ class Call:
     """
 
     def __init__(self, segment: Segment, handles: Sequence[int], views: dict[int, Tensor]) -> None:
+        # Imported here: without a build of the native code everything else of the package works.
+        from .. import _calls
+
         dtypes = list(dict.fromkeys(seen.dtype for _, seen, _ in segment.results))
         code, places = segment.numbers(handles, dtypes)
         fixed = [views[index] for index in segment.fixed]
@@ -41,11 +48,39 @@ class Call:
         released = weakref.finalize(self, torch.ops.segpose.release_sequence.default, self.handle)
         released.atexit = False
         self._run = torch.ops.segpose.run_sequence.default
+        self._run_directly = _calls.run
+        self._entry = torch.ops.segpose.sequence_entry()
+        self._allocate = tuple(
+            _allocator(seen, channels_last) for _, seen, channels_last in segment.results
+        )
 
-    def run(self, given: list[Tensor]) -> list[Tensor] | None:
+    def run(self, given: tuple[Tensor, ...]) -> list[Tensor] | None:
         """The segment's results in order."""
-        done, results = self._run(self.handle, given)
+        # A profiler sees operators only.
+        if not torch._C._autograd._profiler_enabled():
+            results = self._run_directly(self._entry, self.handle, self._allocate, given)
+            if results is not None:
+                return results
+        done, results = self._run(self.handle, [_materialized(tensor) for tensor in given])
         return results if done else None
+
+
+def _materialized(tensor: Tensor) -> Tensor:
+    """With its values in memory: torch does not do that for an operator that may write to them."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+
+def _allocator(seen: Seen, channels_last: bool) -> Callable[[], Tensor]:
+    """What makes a tensor for a result in every run."""
+    if seen.bytes >= _KEPT_BYTES:
+        like = torch.empty(0, dtype=seen.dtype)
+        allocate = torch.ops.segpose.allocate_result.default
+        return functools.partial(allocate, like, seen.shape, channels_last)
+    _, c, h, w = seen.shape
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return functools.partial(
+        torch.empty_strided, seen.shape, strides, dtype=seen.dtype, device="cpu"
+    )
 
 
 class Frame:
@@ -65,8 +100,8 @@ class Frame:
             self.views = self._views()
         # One for each segment that is not a step of the model.
         self.calls: list[Call | None] = []
-        # Of the inputs of the run before, as the program writes it.
-        self.layouts: tuple[Any, ...] | None = None
+        # Of the inputs of the run before.
+        self.layouts: bytes | None = None
         # Forms made in this run, which the cache may have no place for.
         self.forms: list[Form] = []
         # What the calls were made from, and that with what must hold for any run.
@@ -129,7 +164,7 @@ class Frame:
             for segment in self.blueprint.segments
         ]
 
-    def _call(self, number: int, given: list[Tensor]) -> list[Tensor]:
+    def _call(self, number: int, given: tuple[Tensor, ...]) -> list[Tensor]:
         """The results of a segment."""
         while True:
             call = self.calls[number]
@@ -144,6 +179,8 @@ class Frame:
     def run(self, inputs: Sequence[Any]) -> Any:
         """The model's output, once the frame is current."""
         blueprint = self.blueprint
+        if blueprint.whole is not None:
+            return self._call(0, tuple(inputs))[blueprint.whole]
         steps = blueprint.steps
         values: list[Any] = [None] * blueprint.values
         for (_, index), value in zip(steps.parameters, inputs, strict=True):
@@ -155,7 +192,7 @@ class Frame:
                 for index, expected in segment.expects:
                     if see(values[index]) != expected:
                         return self._finish(segment.position, values)
-                results = self._call(number, [values[index] for index in segment.given])
+                results = self._call(number, tuple(values[index] for index in segment.given))
                 for (index, _, _), result in zip(segment.results, results, strict=True):
                     values[index] = result
                 for index, root, first, channels in segment.slices:

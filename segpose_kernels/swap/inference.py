@@ -36,6 +36,10 @@ class Program:
     """A model's steps, with a blueprint and idle frames for each signature of inputs."""
 
     def __init__(self, model: nn.Module, filters: FilterCache) -> None:
+        # Imported here: without a build of the native code everything else of the package works.
+        from .. import _calls
+
+        self._layouts = _calls.layouts
         flat = flatten(model)
         self.filters = filters
         self.guards: Guards = flat.guards
@@ -63,7 +67,7 @@ class Program:
         frame = self._take(blueprint)
         if not frame.is_current():
             frame.prepare()
-        frame.layouts = layouts_of(inputs)
+        frame.layouts = self._layouts(tuple(inputs))
         return self._run(frame, inputs)
 
     def run_again(self, inputs: tuple[Any, ...]) -> tuple[Any] | None:
@@ -74,7 +78,7 @@ class Program:
         except IndexError:
             return None
         known = frame.layouts
-        if known is not None and known == layouts_of(inputs) and frame.is_current(again=True):
+        if known is not None and known == self._layouts(inputs) and frame.is_current(again=True):
             return (self._run(frame, inputs),)
         self._idle.append(frame)
         return None
@@ -252,16 +256,6 @@ def _signature(inputs: Sequence[Any], outermost: bool) -> Signature | None:
         else:
             return None
     return contiguous, *parts
-
-
-def layouts_of(inputs: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Inputs whose layouts are equal have one signature; None where not all are CPU tensors."""
-    parts: list[Any] = []
-    for x in inputs:
-        if type(x) is not Tensor or x.layout is not torch.strided or not x.is_cpu:
-            return None
-        parts += (x.shape, x.stride(), x.dtype)
-    return tuple(parts)
 
 
 def install(journal: Journal, filters: FilterCache, *, wrapped: bool) -> None:

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How csrc/calls.cpp runs a sequence: a plain function between two libraries, of which only one knows torch.
+#pragma once
+
+#include "tensor_view.h"
+
+namespace segpose {
+
+// Whether the sequence with that handle has run on these tensors; nothing is written otherwise, unless a kernel failed.
+using RunSequence = bool (*)(int64_t handle, const TensorView* given, int64_t given_count, const TensorView* results,
+                             int64_t result_count);
+
+}  // namespace segpose
