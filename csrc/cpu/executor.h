@@ -29,13 +29,17 @@ void for_each_task(const Executor& executor, int64_t tasks, const Fn& fn) {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
+  constexpr int64_t kFew = 8;
+  Range few[kFew];
   struct Context {
     int64_t workers;
-    std::unique_ptr<Range[]> ranges;
+    Range* ranges;
     const Fn* fn;
   } context;
   context.workers = executor.workers < tasks ? executor.workers : tasks;
-  context.ranges = std::make_unique<Range[]>(static_cast<size_t>(context.workers));
+  std::unique_ptr<Range[]> many;
+  if (context.workers > kFew) many = std::make_unique<Range[]>(static_cast<size_t>(context.workers));
+  context.ranges = many == nullptr ? few : many.get();
   for (int64_t worker = 0; worker < context.workers; ++worker) {
     context.ranges[worker].next = tasks * worker / context.workers;
     context.ranges[worker].end = tasks * (worker + 1) / context.workers;

@@ -52,9 +52,11 @@ FilterStrides filter_strides(const Plan& plan, const FilterView& filter) {
 }
 
 PackedFilter::PackedFilter(const Plan& plan) {
+  const int64_t tap = plan.depth() * plan.padded_columns() * plan.gemm_groups();
+  phase_offsets_.reserve(plan.phases.size());
   for (const Phase& phase : plan.phases) {
     phase_offsets_.push_back(size_);
-    size_ += static_cast<int64_t>(phase.taps.size()) * plan.depth() * plan.padded_columns() * plan.gemm_groups();
+    size_ += static_cast<int64_t>(phase.taps.size()) * tap;
   }
 }
 

@@ -28,11 +28,14 @@ namespace {
 class Snapshot {
  public:
   explicit Snapshot(const Tensor& tensor)
-      : tensor_(tensor), data_(tensor.data_ptr()), type_(tensor.scalar_type()), samples_(sample()) {}
+      : tensor_(tensor), data_(tensor.data_ptr()), type_(tensor.scalar_type()), samples_(sample(data_)) {}
 
   const Tensor& tensor() const { return tensor_; }
 
-  bool current() const { return tensor_.data_ptr() == data_ && tensor_.scalar_type() == type_ && sample() == samples_; }
+  bool current() const {
+    const void* const data = tensor_.data_ptr();
+    return data == data_ && tensor_.scalar_type() == type_ && sample(data) == samples_;
+  }
 
   // FNV-1a over what is compared.
   int64_t hash(int64_t seed) const {
@@ -47,25 +50,24 @@ class Snapshot {
   static constexpr int64_t kSamples = 16;
   using Samples = std::array<int64_t, kSamples>;
 
-  Samples sample() const {
+  Samples sample(const void* data) const {
     switch (tensor_.element_size()) {
       case sizeof(int64_t):
-        return sample_as<int64_t>();
+        return sample_as(static_cast<const int64_t*>(data));
       case sizeof(int32_t):
-        return sample_as<int32_t>();
+        return sample_as(static_cast<const int32_t*>(data));
       case sizeof(int16_t):
-        return sample_as<int16_t>();
+        return sample_as(static_cast<const int16_t*>(data));
       default:
-        return sample_as<int8_t>();
+        return sample_as(static_cast<const int8_t*>(data));
     }
   }
 
   // Parameters are dense in some order of their axes, so every element lies in the first `count`.
   template <class Word>
-  Samples sample_as() const {
+  Samples sample_as(const Word* words) const {
     Samples samples{};
     const int64_t count = tensor_.numel();
-    const auto* words = static_cast<const Word*>(tensor_.data_ptr());
     for (int64_t i = 0; i < kSamples && count > 0; ++i) {
       samples[static_cast<size_t>(i)] = words[(count - 1) * i / (kSamples - 1)];
     }

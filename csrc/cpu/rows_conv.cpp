@@ -37,63 +37,64 @@ struct Scratch {
   }
 };
 
-// One phase and panel of a task.
+// One panel of a task, a phase at a time: there may be many phases of a single pixel.
 template <class T>
 class PanelRows {
  public:
-  PanelRows(const RowsLaunch<T>& launch, const PanelTiles<T>& tiles, Scratch<T>& scratch, size_t phase,
-            const Panel& panel, int64_t group)
-      : launch_(launch),
-        tiles_(tiles.of(panel.nr)),
-        scratch_(scratch),
-        phase_(launch.plan->phases[phase]),
-        panel_(panel) {
+  PanelRows(const RowsLaunch<T>& launch, const PanelTiles<T>& tiles, Scratch<T>& scratch, const Panel& panel,
+            int64_t group)
+      : launch_(launch), tiles_(tiles.of(panel.nr)), scratch_(scratch), panel_(panel) {
     const Plan& plan = *launch.plan;
     source_channel_ = group * plan.depth();
-    const PhaseSpan& span = plan.rows.phases[phase];
-    args_.runs = plan.rows.offsets.data() + span.first;
-    args_.count = span.count;
-    args_.depth = span.depth;
+    packed_column_ = group * plan.padded_columns() + panel.column;
     args_.columns = panel.columns;
-    const auto index = static_cast<int64_t>(phase);
-    args_.b =
-        launch.packed + launch.layout->phase_offset(index) + launch.layout->panel_offset(plan, index, group, panel);
-    args_.bias = launch.bias == nullptr ? nullptr : launch.bias + group * plan.padded_columns() + panel.column;
+    args_.bias = launch.bias == nullptr ? nullptr : launch.bias + packed_column_;
     args_.activation = launch.epilogue.activation;
     args_.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
     channel_ = group * plan.columns() + panel.column;
     direct_ = launch.destination.has_channel_rows(compute_dtype<T>());
   }
 
-  // At most `rows` rows from `first` on of a task that begins at `row`.
-  void run(int64_t image, int64_t images, int64_t row, int64_t first, int64_t rows) {
+  // At most `rows` rows of a phase from `first` on, of a task that begins at `row`.
+  void run(size_t phase, int64_t image, int64_t images, int64_t row, int64_t first, int64_t rows) {
+    select(phase);
     const RowsPlan& plan = launch_.plan->rows;
     const int64_t pixel = launch_.source.view.c;
-    const int64_t end = std::min(first + rows, phase_.rows - row);
+    const int64_t end = std::min(first + rows, phase_->rows - row);
     const auto source = [&](int64_t r) {
-      return scratch_.band.data() + source_channel_ + r * phase_.istep_h * scratch_.band.row_size();
+      return scratch_.band.data() + source_channel_ + r * phase_->istep_h * scratch_.band.row_size();
     };
     if (plan.along_images) {
       for (int64_t r = first; r < end; ++r) {
-        for (int64_t col = 0; col < phase_.cols; ++col) {
-          run_line(source(r) + col * phase_.istep_w * pixel, scratch_.band.image_size(), images,
+        for (int64_t col = 0; col < phase_->cols; ++col) {
+          run_line(source(r) + col * phase_->istep_w * pixel, scratch_.band.image_size(), images,
                    offset(image, row + r, col), launch_.destination.stride_n);
         }
       }
     } else {
       for (int64_t i = 0; i < images; ++i) {
         for (int64_t r = first; r < end; ++r) {
-          run_line(source(r) + i * scratch_.band.image_size(), phase_.istep_w * pixel, phase_.cols,
-                   offset(image + i, row + r, 0), phase_.ostep_w * launch_.destination.stride_w);
+          run_line(source(r) + i * scratch_.band.image_size(), phase_->istep_w * pixel, phase_->cols,
+                   offset(image + i, row + r, 0), phase_->ostep_w * launch_.destination.stride_w);
         }
       }
     }
-    write_waiting();
+    if (waiting_ > 0) write_waiting();
   }
 
  private:
+  void select(size_t phase) {
+    phase_ = &launch_.plan->phases[phase];
+    const PhaseSpan& span = launch_.plan->rows.phases[phase];
+    args_.runs = launch_.plan->rows.offsets.data() + span.first;
+    args_.count = span.count;
+    args_.depth = span.depth;
+    args_.b = launch_.packed + launch_.layout->phase_offset(static_cast<int64_t>(phase)) +
+              span.count * span.depth * packed_column_;
+  }
+
   int64_t offset(int64_t image, int64_t row, int64_t col) const {
-    return launch_.destination.offset(image, phase_.oh + row * phase_.ostep_h, phase_.ow + col * phase_.ostep_w);
+    return launch_.destination.offset(image, phase_->oh + row * phase_->ostep_h, phase_->ow + col * phase_->ostep_w);
   }
 
   // `pixels` of them, `step` apart in the source and `out_step` in the destination.
@@ -135,10 +136,11 @@ class PanelRows {
   const RowsLaunch<T>& launch_;
   const LineTiles<T>& tiles_;
   Scratch<T>& scratch_;
-  const Phase& phase_;
+  const Phase* phase_ = nullptr;
   const Panel& panel_;
   RowsArgs<T> args_{};
   int64_t source_channel_;
+  int64_t packed_column_;
   int64_t channel_;
   bool direct_;
   int64_t waiting_ = 0;
@@ -156,16 +158,15 @@ void run_task(const RowsLaunch<T>& launch, const PanelTiles<T>& tiles, const Row
   const int64_t images = std::min(plan.rows.images, plan.problem.n - task.image);
   const auto panels = static_cast<int64_t>(plan.panels.size());
   scratch.band.load(ukernels<T>(plan.isa), task.image, images, task.row);
-  std::vector<PanelRows<T>> phases;
-  phases.reserve(plan.phases.size());
   for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
     const Panel& panel = plan.panels[static_cast<size_t>(p % panels)];
-    phases.clear();
-    for (size_t i = 0; i < plan.phases.size(); ++i) phases.emplace_back(launch, tiles, scratch, i, panel, p / panels);
+    PanelRows<T> columns(launch, tiles, scratch, panel, p / panels);
     // The filter of all phases stays in L1, and with a few rows at a time the source does.
     const int64_t step = panel.dots ? 1 : plan.rows.rows;
     for (int64_t first = 0; first < plan.rows.rows; first += step) {
-      for (PanelRows<T>& phase : phases) phase.run(task.image, images, task.row, first, step);
+      for (size_t phase = 0; phase < plan.phases.size(); ++phase) {
+        columns.run(phase, task.image, images, task.row, first, step);
+      }
     }
   }
 }

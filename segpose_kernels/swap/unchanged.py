@@ -50,11 +50,11 @@ class Unchanged:
         self._answers += (function, value)
 
     def include(self, other: Unchanged) -> None:
-        """What the other one has noted."""
-        self._same += other._same
-        self._equal += other._equal
-        self._values += other._values
-        self._answers += other._answers
+        """What the other one has noted, each fact once."""
+        self._same = _distinct(self._same + other._same, 3)
+        self._equal = _distinct(self._equal + other._equal, 3)
+        self._values = _distinct(self._values + other._values, 2)
+        self._answers = _distinct(self._answers + other._answers, 2)
 
     def parameters(self, module: nn.Module) -> None:
         """The module's parameters, and what was written to them through torch."""
@@ -65,3 +65,12 @@ class Unchanged:
 
     def hold(self) -> bool:
         return self._hold(self._same, self._equal, self._values, self._answers)
+
+
+def _distinct(facts: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Without those that are the same objects as an earlier one, `size` of them to a fact."""
+    found = {}
+    for first in range(0, len(facts), size):
+        fact = facts[first : first + size]
+        found.setdefault(tuple(map(id, fact)), fact)
+    return tuple(part for fact in found.values() for part in fact)
