@@ -69,7 +69,7 @@ class Unchanged:
 
 def _distinct(facts: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """Without those that are the same objects as an earlier one, `size` of them to a fact."""
-    found = {}
+    found: dict[tuple[int, ...], tuple[Any, ...]] = {}
     for first in range(0, len(facts), size):
         fact = facts[first : first + size]
         found.setdefault(tuple(map(id, fact)), fact)
