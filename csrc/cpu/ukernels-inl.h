@@ -374,6 +374,10 @@ SEGPOSE_INLINE void depthwise_pixels(const DepthwiseArgs<T>& args, int64_t first
       const T* a = args.taps[tap].a + first * args.a_step + channel;
       SEGPOSE_UNROLL
       for (int m = 0; m < Pixels; ++m) sums[m] += load<T>(a + m * args.a_step) * w;
+      if (Pixels > 1 && args.taps[tap].prefetches && channel % (64 / sizeof(T)) == 0) {
+        SEGPOSE_UNROLL
+        for (int m = 0; m < Pixels; ++m) __builtin_prefetch(a + (Pixels + m) * args.a_step);
+      }
     }
     Vector bias = {};
     if (args.bias != nullptr) bias = load<T>(args.bias + channel);

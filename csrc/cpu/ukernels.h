@@ -119,6 +119,7 @@ template <class T>
 struct DepthwiseTap {
   const T* a;
   const T* w;
+  bool prefetches;  // what it reads of the next pixels
 };
 
 template <class T>
