@@ -33,11 +33,12 @@ STABLE_TORCH_LIBRARY(segpose, m) {
   m.def("prepare_sequence(int[] code, int[] places, Tensor[] fixed) -> int");
   m.def("run_sequence(int handle, Tensor(a!)[] given) -> (bool, Tensor[])");
   m.def("release_sequence(int handle) -> ()");
-  m.def("sequence_entry() -> int");
   m.def("first_stale(int[] handles) -> int");
   m.def("fingerprint(Tensor[] tensors) -> int");
   m.def("prepared_info(int handle) -> (str, int, int)");
   m.def("release_prepared(int handle) -> ()");
+  // Addresses of functions that Python calls itself: segpose_kernels/swap/entries.py.
+  m.def("entries() -> int[]");
   // Between convolutions, in channels_last.
   m.def("max_pool2x2(Tensor input, Tensor(a!) output) -> ()");
   m.def("max_pool2x2_backward(Tensor grad_output, Tensor output, Tensor input, Tensor(a!) grad_input) -> ()");

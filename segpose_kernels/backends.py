@@ -62,11 +62,11 @@ _CPU_SCHEMAS = {
     "prepare_sequence": "(int[] code, int[] places, Tensor[] fixed) -> int",
     "run_sequence": "(int handle, Tensor(a!)[] given) -> (bool, Tensor[])",
     "release_sequence": "(int handle) -> ()",
-    "sequence_entry": "() -> int",
     "first_stale": "(int[] handles) -> int",
     "fingerprint": "(Tensor[] tensors) -> int",
     "prepared_info": "(int handle) -> (str, int, int)",
     "release_prepared": "(int handle) -> ()",
+    "entries": "() -> int[]",
     "max_pool2x2": "(Tensor input, Tensor(a!) output) -> ()",
     "max_pool2x2_backward": (
         "(Tensor grad_output, Tensor output, Tensor input, Tensor(a!) grad_input) -> ()"

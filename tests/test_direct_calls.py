@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segpose_kernels import _calls
 from segpose_kernels.models import SegNet
+from segpose_kernels.swap.entries import entries
 from segpose_kernels.swap.frames import Call
 
 SHAPE = (2, 3, 6, 6)
@@ -76,7 +77,7 @@ LEFT: dict[str, Callable[[], object]] = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", LEFT)
 def test_what_it_leaves_to_the_operator(kind: str) -> None:
-    assert _calls.run(torch.ops.segpose.sequence_entry(), -1, (), (LEFT[kind](),)) is None
+    assert _calls.run(entries().run_sequence, -1, (), (LEFT[kind](),)) is None
 
 
 def test_layouts_tell_alike_from_other() -> None:
@@ -102,7 +103,7 @@ def test_layouts_tell_alike_from_other() -> None:
 
 
 def test_malformed_calls() -> None:
-    entry = torch.ops.segpose.sequence_entry()
+    entry = entries().run_sequence
     with pytest.raises(TypeError, match="two numbers and two tuples"):
         _calls.run(entry, 1, [], ())  # type: ignore[arg-type]
     with pytest.raises(TypeError):

@@ -14,10 +14,12 @@ import pytest
 import torch
 from swap_helpers import IMAGE
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from segpose_kernels import precision, prepared_bytes
 from segpose_kernels.backends import LIBRARY
-from segpose_kernels.swap import optimize, restore
+from segpose_kernels.swap import filters, optimize, restore
+from segpose_kernels.swap.entries import entries
 from segpose_kernels.swap.filters import SHAPES_A_LAYER, Form
 
 pytestmark = [
@@ -291,7 +293,7 @@ def test_memory_is_given_back(how: str) -> None:
 
 def test_a_form_that_goes_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may look while the filter is freed: it must not get the form any more."""
-    release = torch.ops.segpose.release_prepared.default
+    release = entries().release_prepared
     references: dict[int, weakref.ref[Form]] = {}
     found = []
 
@@ -299,7 +301,7 @@ def test_a_form_that_goes_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> No
         found.append(references[handle]())
         release(handle)
 
-    monkeypatch.setattr(torch.ops.segpose, "release_prepared", SimpleNamespace(default=look))
+    monkeypatch.setattr(filters, "entries", lambda: SimpleNamespace(release_prepared=look))
     model = network().eval()
     report = optimize(model, mode="inference")[1]
     with torch.no_grad():
@@ -309,6 +311,28 @@ def test_a_form_that_goes_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> No
     report.filters.clear()
     gc.collect()
     assert found == [None] * len(references)
+
+
+def test_models_that_go_while_another_is_traced() -> None:
+    """Python may collect garbage anywhere; a tracer must not see that filters are freed."""
+    model = network().eval()
+    optimize(model, mode="inference")
+    with torch.no_grad():
+        model(torch.randn(IMAGE)), model(torch.randn(IMAGE))
+    handles = [form.handle for form in forms_of(model)]
+    held = [model]
+    del model
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        held.clear()
+        gc.collect()
+        return x + 1
+
+    graph = make_fx(function, pre_dispatch=True)(torch.randn(3)).graph
+    assert not any("segpose" in str(node.target) for node in graph.nodes)
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="no prepared convolution"):
+            torch.ops.segpose.prepared_info(handle)
 
 
 def test_weights_made_in_inference_mode() -> None:

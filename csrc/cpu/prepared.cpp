@@ -174,8 +174,6 @@ std::tuple<std::string, int64_t, int64_t> prepared_info(int64_t handle) {
           packed ? reinterpret_cast<int64_t>(conv->packed->data_ptr()) : 0};
 }
 
-void release_prepared(int64_t handle) { Convolutions::instance().remove(handle); }
-
 // Memory for activations that are kept between runs.
 Tensor allocate_workspace(const Tensor& like, int64_t bytes) {
   STD_TORCH_CHECK(bytes >= 0, "segpose: bytes must not be negative, got ", bytes);
@@ -213,6 +211,8 @@ void run_one(int64_t handle, const Tensor& input, Tensor output) {
 }  // namespace
 
 std::shared_ptr<const PreparedConv> find_prepared(int64_t handle) { return Convolutions::instance().get(handle); }
+
+void release_prepared(int64_t handle) { Convolutions::instance().remove(handle); }
 
 bool is_current(const PreparedConv& conv) { return conv.current(); }
 

@@ -12,6 +12,7 @@ namespace segpose {
 struct PreparedConv;
 
 std::shared_ptr<const PreparedConv> find_prepared(int64_t handle);
+void release_prepared(int64_t handle);
 // Whether weight, bias and the settings that decide about algorithms are as they were when it was prepared.
 bool is_current(const PreparedConv& conv);
 // output = act(conv(input)), both of the shapes that the convolution was prepared for.

@@ -212,12 +212,13 @@ bool run_views(int64_t handle, const TensorView* given, int64_t given_count, con
   }
 }
 
-int64_t sequence_entry() {
-  const RunSequence entry = run_views;
-  return reinterpret_cast<int64_t>(entry);
-}
-
 void release_sequence(int64_t handle) { Sequences::instance().remove(handle); }
+
+Ints entries() {
+  const RunSequence run = run_views;
+  return {reinterpret_cast<int64_t>(run), reinterpret_cast<int64_t>(&release_sequence),
+          reinterpret_cast<int64_t>(&release_prepared)};
+}
 
 }  // namespace
 }  // namespace segpose
@@ -226,5 +227,5 @@ STABLE_TORCH_LIBRARY_IMPL(segpose, CompositeExplicitAutograd, m) {
   m.impl("prepare_sequence", TORCH_BOX(&segpose::prepare_sequence));
   m.impl("run_sequence", TORCH_BOX(&segpose::run_sequence));
   m.impl("release_sequence", TORCH_BOX(&segpose::release_sequence));
-  m.impl("sequence_entry", TORCH_BOX(&segpose::sequence_entry));
+  m.impl("entries", TORCH_BOX(&segpose::entries));
 }

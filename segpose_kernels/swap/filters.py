@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import backends, fastest
 from ..autograd import transforms_active
 from .eligible import Fused
+from .entries import entries
 from .unchanged import Unchanged
 
 # Input shapes of a layer that are kept; those with the same algorithm share one packed filter.
@@ -85,7 +86,7 @@ class Form:
         self.handle = handle
         # Not by __del__: while that runs, another thread may still get this object from a weak
         # reference, without what it held.
-        released = weakref.finalize(self, torch.ops.segpose.release_prepared.default, handle)
+        released = weakref.finalize(self, entries().release_prepared, handle)
         released.atexit = False
         self.weight = weight
         self.bias = bias

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..backends import cpu_float32_precision
 from .blueprint import Blueprint, Seen, Segment, see
 from .eligible import Fused
+from .entries import entries
 from .filters import FilterCache, Form
 from .layout import contiguous_values
 from .pieces import tensors_of
@@ -45,11 +46,11 @@ class Call:
         fixed += [torch.empty(0, dtype=dtype) for dtype in dtypes]
         self.handle = torch.ops.segpose.prepare_sequence(code, places, fixed)
         # Not by __del__, see filters.Form.
-        released = weakref.finalize(self, torch.ops.segpose.release_sequence.default, self.handle)
+        released = weakref.finalize(self, entries().release_sequence, self.handle)
         released.atexit = False
         self._run = torch.ops.segpose.run_sequence.default
         self._run_directly = _calls.run
-        self._entry = torch.ops.segpose.sequence_entry()
+        self._entry = entries().run_sequence
         self._allocate = tuple(
             _allocator(seen, channels_last) for _, seen, channels_last in segment.results
         )
