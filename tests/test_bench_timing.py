@@ -97,6 +97,19 @@ def test_those_far_behind_drop_out_unless_kept() -> None:
     }
 
 
+def test_one_call_of_the_hopeless_is_enough() -> None:
+    """Bfloat16 in torch's default memory format took 140 s where others took 0.4."""
+    clock = WoundClock({"fast": 0.2, "slow": 3.0, "hopeless": 140.0, "ours": 140.0})
+    samples = turns(clock, keep={"ours"})
+    assert {name: len(s.seconds) for name, s in samples.items()} == {
+        "fast": 5,
+        "slow": 3,
+        "hopeless": 1,
+        "ours": 5,
+    }
+    assert clock.called.count("hopeless") == 1
+
+
 def test_calls_too_short_to_matter_do_not_drop_out() -> None:
     samples = turns(WoundClock({"fast": 1e-5, "slow": 5e-3}))
     assert len(samples["slow"].seconds) == 5

@@ -40,6 +40,10 @@ _FEWEST_ROUNDS = 3
 _FAR_BEHIND = 3.0
 _SHORT = 0.01
 
+# One call that takes so many seconds, and so many times as long as the fastest's, is enough.
+_HOPELESS_SECONDS = 2.0
+_HOPELESS = 20.0
+
 # Seconds above which a call needs no untimed one before it.
 _LONG = 0.25
 
@@ -188,13 +192,17 @@ def take_turns(
             measuring ends when it is below `effort.precise_enough`.
 
     Returns:
-        Samples by contender, of all rounds or, for those far behind, of the first three.
+        Samples by contender, of all rounds or, for those far behind, of the first three or of a
+        single call.
     """
     if not calls:
         return {}
     repeats = {name: _repeats(call, clock, effort) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    least = min(repeat.once for repeat in repeats.values())
+    names = [name for name in calls if name in keep or not repeats[name].hopeless(least)]
+    seconds: dict[str, list[float]] = {
+        name: [] if name in names else [repeats[name].once] for name in calls
+    }
     start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
@@ -210,14 +218,13 @@ def take_turns(
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:
                 clock.settle()
-                count, warm = repeats[name]
-                if warm:
+                if repeats[name].warm:
                     clock.warm_up(calls[name], effort.warm_up_seconds)
-                seconds[name].append(clock.time(calls[name], count))
+                seconds[name].append(clock.time(calls[name], repeats[name].calls))
     finally:
         if collecting:
             gc.enable()
-    return {name: Samples(values, repeats[name][0]) for name, values in seconds.items()}
+    return {name: Samples(values, repeats[name].calls) for name, values in seconds.items()}
 
 
 def _in_reach(name: str, seconds: Mapping[str, list[float]]) -> bool:
@@ -225,11 +232,26 @@ def _in_reach(name: str, seconds: Mapping[str, list[float]]) -> bool:
     return min(seconds[name]) <= max(_SHORT, _FAR_BEHIND * fastest)
 
 
-def _repeats(call: Call, clock: Clock, effort: Effort) -> tuple[int, bool]:
-    """Calls a sample, and whether untimed ones go before: not where one call takes long."""
+@dataclass(frozen=True)
+class _Repeats:
+    """How a contender is sampled: calls a sample, whether untimed ones go before, and what one call
+    took.
+    """
+
+    calls: int
+    warm: bool
+    once: float
+
+    def hopeless(self, least: float) -> bool:
+        return self.once > max(_HOPELESS_SECONDS, _HOPELESS * least)
+
+
+def _repeats(call: Call, clock: Clock, effort: Effort) -> _Repeats:
+    """Untimed calls go before a sample only where one call does not take long."""
     clock.settle()
     once = clock.time(call, 1)
-    if once < _LONG:
-        clock.warm_up(call, effort.warm_up_seconds)
-        once = max(clock.time(call, 1), 1e-7)
-    return max(1, min(10_000, round(effort.sample_seconds / once))), once < _LONG
+    if once >= _LONG:
+        return _Repeats(1, False, once)
+    clock.warm_up(call, effort.warm_up_seconds)
+    once = max(clock.time(call, 1), 1e-7)
+    return _Repeats(max(1, min(10_000, round(effort.sample_seconds / once))), True, once)

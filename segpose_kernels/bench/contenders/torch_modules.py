@@ -85,8 +85,25 @@ def _prepared(
 
 
 def _eager(case: Case, device: str, threads: int, *, channels_last: bool) -> Prepared:
+    if device == "cpu" and not channels_last and _is_slow(case):
+        dtype = str(case.dtype).removeprefix("torch.")
+        raise Unavailable(f"without {dtype} instructions a call takes minutes in this layout")
     subject = _operands(case, device, channels_last=channels_last)
     return _prepared(case, device, subject, subject.module)
+
+
+# Operations that take about 10 s at the 0.4 GFLOP/s that torch reaches in bfloat16 on a Zen 3.
+_SLOW_FLOPS = 4e9
+
+
+def _is_slow(case: Case) -> bool:
+    """Whether oneDNN leaves the case's dtype to loops of torch's own, and it is large."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    known = supported.get(case.dtype)
+    return known is not None and case.flops > _SLOW_FLOPS and not known()
 
 
 def _cudnn_search(case: Case, device: str, threads: int) -> Prepared:
