@@ -172,8 +172,9 @@ void store_taps(const WgradPass& pass, const Extents& e, const Block& block, con
   for (int64_t begin = 0; begin < block.channels; begin += e.vector) {
     const int64_t count = std::min(e.vector, block.channels - begin);
     for (int64_t c = 0; c < count; ++c) {
-      float* pixels[kMaxTransformN * kMaxTransformN];
+      float* pixels[2 * kMaxTransformN * kMaxTransformN];  // no tile follows
       for (int64_t t = 0; t < area; ++t) pixels[t] = scratch.taps + (c * area + t) * width;
+      std::fill_n(pixels + area, area, nullptr);
       codelets.adjoint.output(sums + (begin + c) * e.s_row, transform.r, e.s_frequency, e.value, block.filters,
                               {Activation::none, 1.0}, nullptr, pixels);
     }
