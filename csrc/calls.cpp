@@ -9,7 +9,6 @@
 #include <ATen/dlpack.h>
 
 #include <array>
-#include <cstring>
 #include <vector>
 
 #include "cpu/sequence_entry.h"

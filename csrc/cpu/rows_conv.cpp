@@ -89,6 +89,7 @@ class PanelRows {
     args_.runs = launch_.plan->rows.offsets.data() + span.first;
     args_.count = span.count;
     args_.depth = span.depth;
+    // Where PackedFilter::panel_offset leads, without asking the plan for each of many phases.
     args_.b = launch_.packed + launch_.layout->phase_offset(static_cast<int64_t>(phase)) +
               span.count * span.depth * packed_column_;
   }

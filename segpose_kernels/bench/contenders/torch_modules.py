@@ -87,7 +87,7 @@ def _prepared(
 def _eager(case: Case, device: str, threads: int, *, channels_last: bool) -> Prepared:
     if device == "cpu" and not channels_last and _is_slow(case):
         dtype = str(case.dtype).removeprefix("torch.")
-        raise Unavailable(f"without {dtype} instructions a call takes minutes in this layout")
+        raise Unavailable(f"torch computes {dtype} in this layout value by value here: too slow")
     subject = _operands(case, device, channels_last=channels_last)
     return _prepared(case, device, subject, subject.module)
 
