@@ -21,6 +21,7 @@ from segpose_kernels.bench.contenders import (
     Prepared,
     Unavailable,
     contenders_for,
+    torch_modules,
 )
 from segpose_kernels.bench.contenders.cudnn import build_graph
 from segpose_kernels.bench.measure import Options, WrongResult, measure_case
@@ -250,6 +251,25 @@ def test_low_precision_is_asked_for() -> None:
         # Rounded to 8 bits: a result without this error was not computed in bfloat16.
         assert 1e-4 < measured.error < 1e-2, name
     assert "bfloat16" in found.absent.get("onnxruntime", "bfloat16")
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_torch_without_kernels_for_a_dtype_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    """In its default memory format, of large problems."""
+    monkeypatch.setattr(torch_modules, "_SLOW_FLOPS", 0.0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    (eager,) = (peer for peer in CONTENDERS if peer.name == "eager")
+    (channels_last,) = (peer for peer in CONTENDERS if peer.name == "eager-cl")
+    case = small_case(dtype=torch.bfloat16)
+    if supported:
+        eager.prepare(case, "cpu", 1)
+    else:
+        with pytest.raises(Unavailable, match="bfloat16 in this layout value by value"):
+            eager.prepare(case, "cpu", 1)
+    channels_last.prepare(case, "cpu", 1)
+    eager.prepare(small_case(), "cpu", 1)
 
 
 @pytest.mark.cuda
