@@ -207,6 +207,21 @@ def cuda_extension(home: Path) -> Extension:
     return extension
 
 
+def plain_extension(
+    name: str, sources: list[str], *, includes: list[str], py_limited_api: bool = False
+) -> Extension:
+    """An extension that links nothing of torch; `includes` are all that it sees."""
+    extension = CppExtension(
+        f"segpose_kernels.{name}",
+        sources,
+        py_limited_api=py_limited_api,
+        extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=link_flags(),
+    )
+    extension.include_dirs, extension.libraries, extension.library_dirs = includes, [], []
+    return extension
+
+
 def extensions() -> list[Extension]:
     kernels = CppExtension(
         "segpose_kernels._C",
@@ -216,39 +231,17 @@ def extensions() -> list[Extension]:
         extra_compile_args={"cxx": compile_flags()},
         extra_link_args=link_flags(),
     )
-    plan = CppExtension(
-        "segpose_kernels._plan",
-        [*PLAN_SOURCES, *BINDING_SOURCES],
-        include_dirs=[get_include()],
-        extra_compile_args={"cxx": compile_flags()},
-        extra_link_args=link_flags(),
-    )
-    limits = CppExtension(
-        "segpose_kernels._limits",
-        ["csrc/bench/limits.cpp"],
-        include_dirs=[get_include()],
-        extra_compile_args={"cxx": compile_flags()},
-        extra_link_args=link_flags(),
-    )
-    checks = CppExtension(
-        "segpose_kernels._checks",
-        ["csrc/checks.cpp"],
-        py_limited_api=True,
-        extra_compile_args={"cxx": compile_flags()},
-        extra_link_args=link_flags(),
-    )
-    calls = CppExtension(
-        "segpose_kernels._calls",
-        ["csrc/calls.cpp"],
-        py_limited_api=True,
-        extra_compile_args={"cxx": compile_flags()},
-        extra_link_args=link_flags(),
-    )
-    for module in (plan, limits, checks, calls):
-        # Nothing of torch is used here: plain includes and libraries keep it so.
-        module.include_dirs, module.libraries, module.library_dirs = [get_include()], [], []
-    calls.include_dirs = include_paths()  # for a header of plain C that torch brings along
-    found = [kernels, plan, limits, checks, calls]
+    pybind = [get_include()]
+    found = [
+        kernels,
+        plain_extension("_plan", [*PLAN_SOURCES, *BINDING_SOURCES], includes=pybind),
+        plain_extension("_limits", ["csrc/bench/limits.cpp"], includes=pybind),
+        plain_extension("_checks", ["csrc/checks.cpp"], includes=[], py_limited_api=True),
+        # torch's include directories for one header of plain C.
+        plain_extension(
+            "_calls", ["csrc/calls.cpp"], includes=include_paths(), py_limited_api=True
+        ),
+    ]
     if CUDA_HOME is not None and NO_CUDA_REASON is None:
         found.append(cuda_extension(CUDA_HOME))
     return found
