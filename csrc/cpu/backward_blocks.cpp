@@ -105,11 +105,11 @@ struct Buffers {
     filters = arena.take<T>(blocks * filter_values(layer.problem));
     biases = arena.take<T>(blocks * layer.grad.view.c);
     const Block whole(layer, 0, backward.images);
-    masked_bytes = round_up(whole.masked_bytes(), kLine);
+    masked_bytes = round_up(whole.masked_bytes(), kLineBytes);
     count_passes(layer, whole, backward.plans, packed);
     const Block rest(layer, 0, rest_images(backward));
     count_passes(layer, rest, backward.last, nullptr);
-    pass_bytes = round_up(pass_bytes, kLine);
+    pass_bytes = round_up(pass_bytes, kLineBytes);
     masked = arena.take<char>(workers * masked_bytes);
     passes = arena.take<char>(workers * pass_bytes);
   }
@@ -122,8 +122,6 @@ struct Buffers {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-
   void count_passes(const LayerBackward& layer, const Block& block, const BlockPlans& plans, const void* filter) {
     const auto needs = [&](int64_t bytes) { pass_bytes = std::max(pass_bytes, bytes); };
     needs(gradient_workspace(block.gradient_pass(selected_isa(), nullptr, layer.grad_bias), 1));

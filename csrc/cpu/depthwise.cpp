@@ -7,6 +7,7 @@
 #include "../common/integers.h"
 #include "row_table.h"
 #include "staging.h"
+#include "streaming.h"
 
 namespace segpose {
 namespace {
@@ -16,7 +17,7 @@ constexpr int64_t kTaskValues = 64 << 10;
 // Sources that do not stay in L2 are asked for ahead: pixels as far apart as their channels take are no pattern that
 // the hardware follows. 64 channels of 256 x 256 took 2.9 ms instead of 4.0, 128 channels of 128 x 256 2.4 instead
 // of 2.6 (Zen 3, 2 threads); what lies in L2 would take 5% longer.
-constexpr int64_t kStreamedBytes = 256 << 10;
+constexpr int64_t kPrefetchedBytes = 256 << 10;
 // Pixels on their way to another layout or dtype.
 constexpr int64_t kRun = 64;
 
@@ -81,9 +82,11 @@ class Row {
         phase_(launch.plan->phases[static_cast<size_t>(phase)]),
         n_(n),
         row_(row),
-        streams_(launch.source.n * launch.source.h * launch.source.w * launch.source.c *
-                     static_cast<int64_t>(sizeof(T)) >
-                 kStreamedBytes) {}
+        prefetches_(launch.source.n * launch.source.h * launch.source.w * launch.source.c *
+                        static_cast<int64_t>(sizeof(T)) >
+                    kPrefetchedBytes),
+        streams_(launch.destination.has_channel_rows(compute_dtype<T>()) &&
+                 overflows_caches(launch.destination, sizeof(T))) {}
 
   // Pixels that see the padding on their left or right one by one, what lies between in one run.
   void run() {
@@ -141,7 +144,7 @@ class Row {
       const auto i = static_cast<int64_t>(t);
       scratch_.taps[args.count++] = {source.as<const T>() + source.offset(n_, source_h(tap), w),
                                      repeats ? repeated_.weights(index_, i) : weights + i * channels,
-                                     streams_ && ends_row(t)};
+                                     prefetches_ && ends_row(t)};
     }
     if (!repeats) {
       args.bias = launch_.bias;
@@ -164,6 +167,7 @@ class Row {
   void call(DepthwiseArgs<T>& args, int64_t pixels, T* out) const {
     args.pixels = pixels;
     args.out = out;
+    args.streams = streams_ && is_at_line(out) && are_lines<T>(args.channels) && are_lines<T>(args.out_step);
     ukernels<T>(launch_.plan->isa).depthwise(args);
   }
 
@@ -173,7 +177,7 @@ class Row {
   int64_t index_;
   const Phase& phase_;
   int64_t n_, row_;
-  bool streams_;
+  bool prefetches_, streams_;
 };
 
 }  // namespace
@@ -210,6 +214,7 @@ void launch_depthwise(const GatherLaunch<T>& launch, const Executor& executor) {
         Row<T>(launch, repeated, scratch, static_cast<int64_t>(p), n, row).run();
       }
     }
+    finish_streaming();
   });
 }
 

@@ -6,6 +6,7 @@
 #include "../common/integers.h"
 #include "row_table.h"
 #include "staging.h"
+#include "streaming.h"
 
 namespace segpose {
 namespace {
@@ -153,6 +154,8 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
     const int64_t channel = block.group * plan.columns() + panel.column;
     set_out_rows(launch, scratch, block.count, tile.rows_read(block.count), channel, panel.nr, direct);
     args.columns = panel.columns;
+    args.streams =
+        streams<T>(launch.destination) && panel.columns == panel.nr && are_lines<T>(panel.nr) && are_lines<T>(channel);
     args.bias = launch.bias == nullptr ? nullptr : launch.bias + block.group * plan.padded_columns() + panel.column;
     const T* packed = launch.packed + launch.layout->phase_offset(block.phase) +
                       launch.layout->panel_offset(plan, block.phase, block.group, panel);
@@ -216,6 +219,7 @@ void launch_gather(const GatherLaunch<T>& launch, const Executor& executor) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     Scratch<T> scratch(plan, arena);
     run_gemm_block(launch, blocks[static_cast<size_t>(task)], scratch);
+    finish_streaming();
   });
 }
 

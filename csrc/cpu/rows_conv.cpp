@@ -6,6 +6,7 @@
 #include "../common/integers.h"
 #include "line_tiles.h"
 #include "rows_stage.h"
+#include "streaming.h"
 
 namespace segpose {
 namespace {
@@ -53,6 +54,8 @@ class PanelRows {
     args_.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
     channel_ = group * plan.columns() + panel.column;
     direct_ = launch.destination.has_channel_rows(compute_dtype<T>());
+    args_.streams = streams<T>(launch.destination) && panel.columns == panel.nr && are_lines<T>(panel.nr) &&
+                    are_lines<T>(channel_);
   }
 
   // At most `rows` rows of a phase from `first` on, of a task that begins at `row`.
@@ -201,6 +204,7 @@ void launch_rows(const RowsLaunch<T>& launch, const Executor& executor) {
              {band / bands * plan.rows.images, band % bands * plan.rows.rows, panels * part / parts,
               panels * (part + 1) / parts},
              scratch);
+    finish_streaming();
   });
 }
 

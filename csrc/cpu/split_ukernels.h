@@ -11,6 +11,7 @@
 #include "../common/conv_problem.h"
 #include "cpu_features.h"
 #include "dtype.h"
+#include "tensor_view.h"
 
 namespace segpose {
 
@@ -18,7 +19,6 @@ constexpr int kTileRows = 16;     // rows of A and of C in a tile
 constexpr int kTileColumns = 16;  // columns of B and of C in a tile
 constexpr int kTileDepth = 32;    // gemm_k of a step: one row of A, 16 pairs of rows of B
 constexpr int kTileBytes = 1024;  // of an operand tile
-constexpr int kLineBytes = 64;    // of a cache line
 constexpr int kTileFloats = 256;  // of an accumulator tile
 constexpr int kMaxTerms = 3;
 constexpr int kMaxRowTiles = 4;

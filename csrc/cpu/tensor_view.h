@@ -8,6 +8,8 @@
 
 namespace segpose {
 
+constexpr int64_t kLineBytes = 64;  // of a cache line
+
 struct TensorView {
   void* data;
   DType dtype;
@@ -45,14 +47,13 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     const int64_t start = used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes * kLineBytes;
     return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + start);
   }
 
   int64_t used() const { return used_; }
 
  private:
-  static constexpr int64_t kLine = 64;
   char* base_;
   int64_t used_ = 0;
 };

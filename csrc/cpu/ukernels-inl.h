@@ -34,6 +34,20 @@ SEGPOSE_INLINE void store(T* destination, const typename Simd<T>::Vector& value)
   __builtin_memcpy(destination, &value, sizeof(value));
 }
 
+// Whether so many vectors are whole cache lines: only such tiles store past the caches.
+template <int NV>
+constexpr bool kHasLines = NV * SEGPOSE_VECTOR_BYTES % 64 == 0;
+
+// Past the caches where the processor has such stores, to an address that is a multiple of the vector.
+template <class T>
+SEGPOSE_INLINE void stream(T* destination, const typename Simd<T>::Vector& value) {
+#ifdef SEGPOSE_STREAM
+  SEGPOSE_STREAM(destination, value);
+#else
+  store<T>(destination, value);
+#endif
+}
+
 // The first `count` values of a vector, in pieces of fixed size: a memcpy of run-time size would be a call.
 template <class T>
 SEGPOSE_INLINE void store_columns(T* destination, const typename Simd<T>::Vector& value, int64_t count) {
@@ -119,6 +133,16 @@ SEGPOSE_INLINE void finish_tile(const Args& args, typename Simd<T>::Vector (&sum
       for (int v = 0; v < NV; ++v) sums[m][v] = relu<T>(sums[m][v]);
     }
   }
+  if constexpr (kHasLines<NV>) {
+    if (args.streams) {
+      SEGPOSE_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        SEGPOSE_UNROLL
+        for (int v = 0; v < NV; ++v) stream<T>(out[m] + v * kLength, sums[m][v]);
+      }
+      return;
+    }
+  }
   if (args.columns >= NV * kLength) {
     SEGPOSE_UNROLL
     for (int m = 0; m < MR; ++m) {
@@ -196,7 +220,7 @@ void gemm_tile(const GemmArgs<T>& args) {
   using Vector = typename Simd<T>::Vector;
   Vector all_sums[kSets][MR][NV] = {};
   Vector(&sums)[MR][NV] = all_sums[0];
-  if (args.partial_out == nullptr) {
+  if (args.partial_out == nullptr && !args.streams) {
     SEGPOSE_UNROLL
     for (int m = 0; m < MR; ++m) prefetch_result_row<T, NV>(args.out[m]);
   }
@@ -303,8 +327,10 @@ void rows_tile(const RowsArgs<T>& args) {
   static_assert(MR <= 14);
   PixelSteps steps = pixel_steps<T>(args.a_step);
   typename Simd<T>::Vector sums[kSets][MR][NV] = {};
-  SEGPOSE_UNROLL
-  for (int m = 0; m < MR; ++m) prefetch_result_row<T, NV>(args.out + m * args.out_step);
+  if (!args.streams) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < MR; ++m) prefetch_result_row<T, NV>(args.out + m * args.out_step);
+  }
   const T* b = args.b;
   for (int64_t i = 0; i < args.count; ++i) {
     const T* a = args.a + args.runs[i];
@@ -360,31 +386,51 @@ void wgrad_tile(const WgradArgs<T>& args) {
   }
 }
 
-// `Pixels` neighbours from `first` on share the loads of their weights.
+// `Pixels` neighbours from `first` on share the loads of their weights, for `Vectors` of channels.
+template <class T, int Pixels, int Vectors, bool Streams>
+SEGPOSE_INLINE void depthwise_tile(const DepthwiseArgs<T>& args, int64_t first, int64_t channel) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  Vector sums[Pixels][Vectors] = {};
+  for (int64_t tap = 0; tap < args.count; ++tap) {
+    const T* a = args.taps[tap].a + first * args.a_step + channel;
+    Vector w[Vectors];
+    SEGPOSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) w[v] = load<T>(args.taps[tap].w + channel + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < Vectors; ++v) sums[m][v] += load<T>(a + m * args.a_step + v * kLength) * w[v];
+    }
+    if (Pixels > 1 && args.taps[tap].prefetches && channel % (64 / sizeof(T)) == 0) {
+      SEGPOSE_UNROLL
+      for (int m = 0; m < Pixels; ++m) __builtin_prefetch(a + (Pixels + m) * args.a_step);
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    Vector bias = {};
+    if (args.bias != nullptr) bias = load<T>(args.bias + channel + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      T* const out = args.out + (first + m) * args.out_step + channel + v * kLength;
+      const Vector result = activate<T>(sums[m][v] + bias, args.activation, args.negative_slope);
+      if constexpr (Streams) {
+        stream<T>(out, result);
+      } else {
+        store<T>(out, result);
+      }
+    }
+  }
+}
+
 template <class T, int Pixels>
 SEGPOSE_INLINE void depthwise_pixels(const DepthwiseArgs<T>& args, int64_t first) {
   constexpr int kLength = Simd<T>::kLength;
-  using Vector = typename Simd<T>::Vector;
   T* const out = args.out + first * args.out_step;
   int64_t channel = 0;
   for (; channel + kLength <= args.channels; channel += kLength) {
-    Vector sums[Pixels] = {};
-    for (int64_t tap = 0; tap < args.count; ++tap) {
-      const Vector w = load<T>(args.taps[tap].w + channel);
-      const T* a = args.taps[tap].a + first * args.a_step + channel;
-      SEGPOSE_UNROLL
-      for (int m = 0; m < Pixels; ++m) sums[m] += load<T>(a + m * args.a_step) * w;
-      if (Pixels > 1 && args.taps[tap].prefetches && channel % (64 / sizeof(T)) == 0) {
-        SEGPOSE_UNROLL
-        for (int m = 0; m < Pixels; ++m) __builtin_prefetch(a + (Pixels + m) * args.a_step);
-      }
-    }
-    Vector bias = {};
-    if (args.bias != nullptr) bias = load<T>(args.bias + channel);
-    SEGPOSE_UNROLL
-    for (int m = 0; m < Pixels; ++m) {
-      store<T>(out + m * args.out_step + channel, activate<T>(sums[m] + bias, args.activation, args.negative_slope));
-    }
+    depthwise_tile<T, Pixels, 1, false>(args, first, channel);
   }
   for (; channel < args.channels; ++channel) {
     SEGPOSE_UNROLL
@@ -403,6 +449,16 @@ template <class T>
 void depthwise_row(const DepthwiseArgs<T>& args) {
   constexpr int kPixels = kDepthwisePixels;
   int64_t pixel = 0;
+  if (args.streams) {
+    // Whole cache lines at a time.
+    constexpr int kVectors = 64 / SEGPOSE_VECTOR_BYTES;
+    constexpr int kStreamed = kPixels / kVectors;
+    for (; pixel + kStreamed <= args.pixels; pixel += kStreamed) {
+      for (int64_t channel = 0; channel < args.channels; channel += kVectors * Simd<T>::kLength) {
+        depthwise_tile<T, kStreamed, kVectors, true>(args, pixel, channel);
+      }
+    }
+  }
   for (; pixel + kPixels <= args.pixels; pixel += kPixels) depthwise_pixels<T, kPixels>(args, pixel);
   for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
 }

@@ -25,6 +25,7 @@ struct GemmArgs {
   T* partial_out;       // [mr][nr] where sums go while chunks remain, or null for the epilogue
   T* const* out;        // [mr] destination rows
   int64_t columns;      // valid columns of the last panel, <= nr
+  bool streams;         // past the caches: nr columns, each row of `out` whole cache lines
   const T* bias;        // [nr], or null
   Activation activation;
   T negative_slope;
@@ -75,6 +76,7 @@ struct RowsArgs {
   T* out;
   int64_t out_step;  // elements from one pixel to the next
   int64_t columns;   // valid columns of the last panel, <= nr
+  bool streams;      // past the caches: nr columns, each row of `out` whole cache lines
   const T* bias;     // [nr], or null
   Activation activation;
   T negative_slope;
@@ -131,6 +133,7 @@ struct DepthwiseArgs {
   int64_t out_step;
   int64_t pixels;
   int64_t channels;
+  bool streams;  // past the caches: each pixel of `out` whole cache lines
   const T* bias;
   Activation activation;
   T negative_slope;

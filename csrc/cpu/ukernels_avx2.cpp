@@ -46,6 +46,13 @@ __attribute__((always_inline)) inline __m256d masked_load(const double* source, 
   const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
   return _mm256_maskload_pd(source, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes));
 }
+__attribute__((always_inline)) inline void streaming_store(float* destination, __m256 value) {
+  _mm256_stream_ps(destination, value);
+}
+__attribute__((always_inline)) inline void streaming_store(double* destination, __m256d value) {
+  _mm256_stream_pd(destination, value);
+}
+#define SEGPOSE_STREAM streaming_store
 #define SEGPOSE_PARTIAL_STORE partial_store
 #define SEGPOSE_MASKED_LOAD masked_load
 

@@ -24,6 +24,13 @@ inline __m512 masked_load(const float* source, int64_t count) {
 inline __m512d masked_load(const double* source, int64_t count) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), source);
 }
+__attribute__((always_inline)) inline void streaming_store(float* destination, __m512 value) {
+  _mm512_stream_ps(destination, value);
+}
+__attribute__((always_inline)) inline void streaming_store(double* destination, __m512d value) {
+  _mm512_stream_pd(destination, value);
+}
+#define SEGPOSE_STREAM streaming_store
 #define SEGPOSE_PARTIAL_STORE partial_store
 #define SEGPOSE_MASKED_LOAD masked_load
 

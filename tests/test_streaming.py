@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Results too large for the caches, which the CPU kernels store past them: csrc/cpu/streaming.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import segpose_kernels
+from segpose_kernels import functional
+from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.numerics import relative_l2
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(not LIBRARY.loaded, reason="the C++ library is not built"),
+]
+
+# From so many bytes on.
+STREAMED = 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "filters", "options"),
+    [
+        pytest.param((3, 64), (190, 187), (3, 3), {"padding": 1}, id="rows"),
+        pytest.param((3, 72), (190, 187), (3, 3), {"padding": 1}, id="pixels between cache lines"),
+        pytest.param((48, 112), (150, 141), (1, 1), {}, id="panels"),
+        pytest.param((4, 48), (250, 201), (3, 3), {"padding": 1, "groups": 2}, id="ragged panels"),
+        pytest.param((64, 64), (190, 187), (3, 3), {"padding": 1, "groups": 64}, id="depthwise"),
+        pytest.param((8, 8), (520, 522), (3, 3), {"groups": 8}, id="depthwise, few channels"),
+        pytest.param((32, 64), (95, 94), (2, 2), {"stride": 2}, id="transposed"),
+        pytest.param((3, 64), (95, 94), (3, 3), {"stride": 2, "padding": 1}, id="transposed rows"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_output_and_gradient_of_input(
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    filters: tuple[int, int],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """The gradient too is large where a layer has as many channels on both sides."""
+    transposed = "stride" in options
+    groups = options.get("groups", 1)
+    inner, outer = channels
+    first, second = (inner, outer // groups) if transposed else (outer, inner // groups)
+    x = torch.randn(1, inner, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(first, second, *filters, dtype=dtype)
+    bias = torch.randn(outer, dtype=dtype)
+    plain = F.conv_transpose2d if transposed else F.conv2d
+    fused = functional.conv_transpose2d_act if transposed else functional.conv2d_act
+
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.relu(plain(*exact, **options))
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+
+    x.requires_grad_()
+    with segpose_kernels.precision("exact"):
+        y = fused(x, weight, bias, activation="relu", backend="cpu", **options)
+        y.backward(grad.to(dtype))
+    assert y.numel() * y.element_size() >= STREAMED
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert relative_l2(y.detach(), expected.detach()) < tolerance
+    assert x.grad is not None
+    assert exact[0].grad is not None
+    assert relative_l2(x.grad, exact[0].grad) < tolerance
