@@ -32,24 +32,34 @@ STREAMED = 8 * 2**20
         pytest.param((4, 48), (250, 201), (3, 3), {"padding": 1, "groups": 2}, id="ragged panels"),
         pytest.param((64, 64), (190, 187), (3, 3), {"padding": 1, "groups": 64}, id="depthwise"),
         pytest.param((8, 8), (520, 522), (3, 3), {"groups": 8}, id="depthwise, few channels"),
+        pytest.param((64, 64), (190, 192), (5, 5), {"padding": 2, "groups": 64}, id="planes"),
         pytest.param((32, 64), (95, 94), (2, 2), {"stride": 2}, id="transposed"),
         pytest.param((3, 64), (95, 94), (3, 3), {"stride": 2, "padding": 1}, id="transposed rows"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [
+        (torch.float32, torch.channels_last),
+        (torch.float64, torch.channels_last),
+        (torch.float32, torch.contiguous_format),
+    ],
+    ids=str,
+)
 def test_output_and_gradient_of_input(
     channels: tuple[int, int],
     size: tuple[int, int],
     filters: tuple[int, int],
     options: dict[str, Any],
     dtype: torch.dtype,
+    memory_format: torch.memory_format,
 ) -> None:
     """The gradient too is large where a layer has as many channels on both sides."""
     transposed = "stride" in options
     groups = options.get("groups", 1)
     inner, outer = channels
     first, second = (inner, outer // groups) if transposed else (outer, inner // groups)
-    x = torch.randn(1, inner, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, inner, *size, dtype=dtype).contiguous(memory_format=memory_format)
     weight = torch.randn(first, second, *filters, dtype=dtype)
     bias = torch.randn(outer, dtype=dtype)
     plain = F.conv_transpose2d if transposed else F.conv2d

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "depthwise.h"
+#include "depthwise_planes.h"
 #include "formats.h"
 #include "igemm.h"
 #include "packing.h"
@@ -89,6 +90,7 @@ void run_packed(const GatherPass& pass, void* workspace, const Executor& executo
 template <class T>
 struct GatherBuffers {
   GatherCommon common;
+  bool planes;  // depthwise: in planes
   T* source;
   T* bias;
   T* zeros;
@@ -96,12 +98,15 @@ struct GatherBuffers {
 
   GatherBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
     const TensorView& view = pass.source.view;
-    source = pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
+    planes = runs_in_planes<T>(*pass.plan, pass.source, pass.destination);
+    source = planes || pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(view.c);
     const Plan& plan = *pass.plan;
-    const bool depthwise = plan.algorithm == Algorithm::depthwise;
-    scratch = arena.take<char>(workers * (depthwise ? depthwise_scratch<T>(plan) : gather_scratch<T>(plan)));
+    const auto worker_scratch = planes                                   ? planes_scratch<T>
+                                : plan.algorithm == Algorithm::depthwise ? depthwise_scratch<T>
+                                                                         : gather_scratch<T>;
+    scratch = arena.take<char>(workers * worker_scratch(plan));
   }
 };
 
@@ -122,7 +127,9 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
               buffers.bias);
   }
   std::fill_n(buffers.zeros, source.c, T{0});
-  const auto launch = plan.algorithm == Algorithm::depthwise ? launch_depthwise<T> : launch_gather<T>;
+  const auto launch = buffers.planes                           ? launch_planes<T>
+                      : plan.algorithm == Algorithm::depthwise ? launch_depthwise<T>
+                                                               : launch_gather<T>;
   launch(
       {&plan, &layout, source, pass.destination, filter, buffers.bias, buffers.zeros, buffers.scratch, pass.epilogue},
       executor);
@@ -189,14 +196,16 @@ struct Detour {
   // Beyond what is kept of workspaces (workspace.h), one more copy of the result is too much memory.
   static constexpr int64_t kMostBytes = int64_t{256} << 20;
 
-  TensorView pixels;  // without data where the pass writes the destination itself
+  GatherPass request;  // that writes channels_last, or the pass itself
+  bool taken = false;
 
-  Detour(const GatherPass& pass, Arena& arena) : pixels{} {
+  Detour(const GatherPass& pass, Arena& arena) : request(pass) {
     const TensorView& view = pass.destination;
     const int64_t bytes = elements(view) * dtype_size(view.dtype);
     const bool scattered = pass.plan->phases.size() > 1 || pass.plan->transforms();
     if (!scattered || view.c == 1 || view.h * view.w == 1 || bytes > kMostBytes || !is_contiguous(view)) return;
-    pixels = nhwc_view(arena.take<char>(bytes), view.dtype, view.n, view.c, view.h, view.w);
+    request.destination = nhwc_view(arena.take<char>(bytes), view.dtype, view.n, view.c, view.h, view.w);
+    taken = true;
   }
 };
 
@@ -328,17 +337,14 @@ bool can_pool(const Plan& plan, const TensorView& destination) {
 int64_t gather_workspace(const GatherPass& pass, int64_t workers) {
   Arena arena(nullptr);
   const Detour detour(pass, arena);
-  return arena.used() + direct_workspace(pass, workers);
+  return arena.used() + direct_workspace(detour.request, workers);
 }
 
 void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& executor) {
   Arena arena(workspace);
   const Detour detour(pass, arena);
-  if (detour.pixels.data == nullptr) return run_direct(pass, workspace, executor);
-  GatherPass request = pass;
-  request.destination = detour.pixels;
-  run_direct(request, static_cast<char*>(workspace) + arena.used(), executor);
-  transpose_pixels(detour.pixels, pass.destination, executor);
+  run_direct(detour.request, static_cast<char*>(workspace) + arena.used(), executor);
+  if (detour.taken) transpose_pixels(detour.request.destination, pass.destination, executor);
 }
 
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {
