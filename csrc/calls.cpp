@@ -19,14 +19,15 @@ using segpose::DType;
 using segpose::RunSequence;
 using segpose::TensorView;
 
-// Of torch; held for as long as the process runs.
+// Of torch; held for as long as the process runs. Null where torch describes its tensors in a version of DLPack that is
+// not known here: the operators do it all then.
 const DLPackExchangeAPI* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyObject* is_neg = nullptr;
 
 // A dense tensor on the CPU, of no subclass. No error is left behind where it is none.
 bool describe(PyObject* object, DLTensor* tensor) {
-  if (Py_TYPE(object) != tensor_type) return false;
+  if (exchange == nullptr || Py_TYPE(object) != tensor_type) return false;
   if (exchange->dltensor_from_py_object_no_sync(object, tensor) != 0) {
     PyErr_Clear();  // sparse, nested or without memory
     return false;
@@ -150,21 +151,24 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_calls", nullptr, 0, methods, null
 bool find_torch() {
   PyObject* torch = PyImport_ImportModule("torch");
   PyObject* type = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "Tensor");
-  PyObject* capsule = type == nullptr ? nullptr : PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
   is_neg = type == nullptr ? nullptr : PyObject_GetAttrString(type, "is_neg");
   Py_XDECREF(torch);
-  if (capsule == nullptr || is_neg == nullptr) return false;
+  if (is_neg == nullptr) return false;
   tensor_type = reinterpret_cast<PyTypeObject*>(type);
-  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (exchange == nullptr) return false;
-  if (exchange->header.version.major != DLPACK_MAJOR_VERSION || exchange->dltensor_from_py_object_no_sync == nullptr) {
-    PyErr_SetString(PyExc_ImportError, "segpose_kernels: torch describes its tensors in an unknown version of DLPack");
-    return false;
-  }
+  PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+  const void* found = capsule == nullptr ? nullptr : PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  Py_XDECREF(capsule);
+  if (found == nullptr) PyErr_Clear();
+  const auto* api = static_cast<const DLPackExchangeAPI*>(found);
+  const bool known = api != nullptr && api->header.version.major == DLPACK_MAJOR_VERSION;
+  if (known && api->dltensor_from_py_object_no_sync != nullptr) exchange = api;
   return true;
 }
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__calls() { return find_torch() ? PyModule_Create(&module) : nullptr; }
+PyMODINIT_FUNC PyInit__calls() {
+  PyObject* created = find_torch() ? PyModule_Create(&module) : nullptr;
+  if (created != nullptr) PyModule_AddIntConstant(created, "ENTRY_VERSION", segpose::kEntryVersion);
+  return created;
+}

@@ -16,7 +16,10 @@ Answer is_same(PyObject* table, PyObject* name, PyObject* value) {
 
 Answer are_equal(PyObject* found, PyObject* value) {
   const int equal = PyObject_RichCompareBool(found, value, Py_EQ);
-  if (equal < 0) PyErr_Clear();  // what cannot be compared, an array for example, is not equal
+  if (equal < 0) {
+    if (PyErr_ExceptionMatches(PyExc_Exception) == 0) return Answer::error;  // an interrupt
+    PyErr_Clear();  // what cannot be compared, an array for example, is not equal
+  }
   return equal == 1 ? Answer::yes : Answer::no;
 }
 

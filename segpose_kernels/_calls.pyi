@@ -13,3 +13,6 @@ def run(
     allocate: tuple[Callable[[], Tensor], ...],
     given: tuple[Any, ...],
 ) -> list[Tensor] | None: ...
+
+# Of csrc/cpu/sequence_entry.h.
+ENTRY_VERSION: int

@@ -335,10 +335,18 @@ def test_models_that_go_while_another_is_traced() -> None:
             torch.ops.segpose.prepared_info(handle)
 
 
-def test_weights_made_in_inference_mode() -> None:
-    """They have no version counter to look at and run unprepared; folded ones are looked at."""
+@pytest.mark.parametrize(
+    ("make", "prepared"),
+    [
+        (lambda: nn.Sequential(nets.conv(3, 4), nn.ReLU(), nets.conv(4, 4)), False),
+        (nets.vgg, True),
+    ],
+    ids=["plain", "folded"],
+)
+def test_weights_made_in_inference_mode(make: Callable[[], nn.Module], prepared: bool) -> None:
+    """They have no version counter to look at and run unprepared; what was folded has."""
     with torch.inference_mode():
-        model = nets.vgg().eval()
+        model = make().eval()
         plain = copy.deepcopy(model)
         optimize(model, mode="inference")
         x = torch.randn(IMAGE)
@@ -346,8 +354,8 @@ def test_weights_made_in_inference_mode() -> None:
             torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
             for net in (model, plain):
                 net[0].weight.mul_(2)
-                net[8].weight.mul_(2)
-        assert prepared_bytes(model) == 0
+                net[len(net) - 2 if prepared else 2].weight.mul_(2)
+        assert (prepared_bytes(model) > 0) == prepared
 
 
 def test_layers_that_share_a_weight() -> None:

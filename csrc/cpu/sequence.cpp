@@ -217,7 +217,7 @@ void release_sequence(int64_t handle) { Sequences::instance().remove(handle); }
 Ints entries() {
   const RunSequence run = run_views;
   return {reinterpret_cast<int64_t>(run), reinterpret_cast<int64_t>(&release_sequence),
-          reinterpret_cast<int64_t>(&release_prepared)};
+          reinterpret_cast<int64_t>(&release_prepared), kEntryVersion};
 }
 
 }  // namespace

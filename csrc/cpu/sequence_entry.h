@@ -10,4 +10,7 @@ namespace segpose {
 using RunSequence = bool (*)(int64_t handle, const TensorView* given, int64_t given_count, const TensorView* results,
                              int64_t result_count);
 
+// Both sides compare it: to be raised when the function's arguments, or what they point to, change.
+constexpr long kEntryVersion = 1000 + static_cast<long>(sizeof(TensorView));
+
 }  // namespace segpose

@@ -449,6 +449,7 @@ template <class T>
 void depthwise_row(const DepthwiseArgs<T>& args) {
   constexpr int kPixels = kDepthwisePixels;
   int64_t pixel = 0;
+#ifdef SEGPOSE_STREAM
   if (args.streams) {
     // Whole cache lines at a time.
     constexpr int kVectors = 64 / SEGPOSE_VECTOR_BYTES;
@@ -459,6 +460,7 @@ void depthwise_row(const DepthwiseArgs<T>& args) {
       }
     }
   }
+#endif
   for (; pixel + kPixels <= args.pixels; pixel += kPixels) depthwise_pixels<T, kPixels>(args, pixel);
   for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
 }

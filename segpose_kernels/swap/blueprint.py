@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..checks import NATIVE_DTYPES
 from .filters import Geometry, geometry_of, slope_of
 from .flatten import Value
@@ -70,6 +71,14 @@ class Layer:
     shape: Shape
     geometry: Geometry
     slope: float
+    result: Seen
+
+    def takes(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether these can be its parameters. Those of inference mode have no version that tells
+        when they change.
+        """
+        tensors = (weight,) if bias is None else (weight, bias)
+        return all(t.dtype == self.result.dtype and not t.is_inference() for t in tensors)
 
 
 @dataclass
@@ -205,16 +214,16 @@ class Blueprint:
             weight, bias = tensors_of(step.conv)
             geometry = geometry_of(step.conv)
             slope = slope_of(step.activation, step.negative_slope)
-            if (
-                geometry is None
-                or slope is None
-                or result.dtype != weight.dtype
-                or weight.is_inference()
-                or (bias is not None and bias.is_inference())
-            ):
+            if geometry is None or slope is None:
                 return Instruction()
             source = self.seen_of(step.reads[0])
-            self.layers.append(Layer(step.conv, source.shape, geometry, slope))
+            layer = Layer(step.conv, source.shape, geometry, slope, result)
+            if (
+                not layer.takes(weight, bias)
+                or backends.select(step.conv.backend, "cpu", weight.dtype) != "cpu"
+            ):
+                return Instruction()
+            self.layers.append(layer)
             return Instruction("conv", len(self.layers) - 1)
         if isinstance(step, PoolStep):
             return Instruction("pool") if self._is_ours(step.reads[0]) else Instruction()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import backends, fastest
 from ..chain import Chain, native_layer
-from .eligible import DTYPES, FUSED_TYPES, Fused, why_not_plain
+from .eligible import CONV_ATTRIBUTES, DTYPES, FUSED_TYPES, Fused, why_not_plain
 from .filters import is_unwatched, slope_of
 from .flatten import Guards
 from .forward import OwnForward
@@ -31,12 +31,6 @@ from .unchanged import Unchanged
 MOST_BYTES = 64 << 20
 # Input shapes that are remembered.
 _MOST_SHAPES = 256
-
-# What a layer of a chain holds of its module, and what decides who runs it.
-_ATTRIBUTES = (
-    *("__class__", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"),
-    *("activation", "negative_slope", "backend"),
-)
 
 
 def can_join(module: nn.Module) -> bool:
@@ -73,7 +67,7 @@ class Run:
         for module in self.modules:
             self.guards.watch_call(module)
         for conv in self.convs:
-            for name in _ATTRIBUTES:
+            for name in CONV_ATTRIBUTES:
                 self.guards.equal(conv, name, getattr(conv, name))
         # The parameters as they were last found, and what has to hold for them. Replaced as a
         # whole: other threads read it.

@@ -23,6 +23,12 @@ Conv = nn.Conv2d | nn.ConvTranspose2d
 Fused = Conv2dAct | ConvTranspose2dAct
 FUSED_TYPES = (Conv2dAct, ConvTranspose2dAct)
 
+# What decides how a convolution computes, and who does it.
+CONV_ATTRIBUTES = (
+    *("__class__", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"),
+    *("activation", "negative_slope", "backend"),
+)
+
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_HOOKS = (
     "_state_dict_hooks",

@@ -28,5 +28,12 @@ class Entries(NamedTuple):
 @functools.cache
 def entries() -> Entries:
     """Those of the library that is loaded."""
-    run, sequence, prepared = torch.ops.segpose.entries()
+    from .. import _calls
+
+    run, sequence, prepared, version = torch.ops.segpose.entries()
+    if version != _calls.ENTRY_VERSION:
+        raise RuntimeError(
+            "segpose_kernels: the module _calls and the C++ library come from different sources; "
+            "build both again with pip install"
+        )
     return Entries(run, _Release(sequence), _Release(prepared))

@@ -54,14 +54,28 @@ class Geometry:
 
 def geometry_of(conv: Fused, output_padding: tuple[int, ...] | None = None) -> Geometry | None:
     """None for a layer that pads its input before the kernel runs."""
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
     if isinstance(conv, nn.ConvTranspose2d):
         extra = conv.output_padding if output_padding is None else output_padding
-        padding = tuple(int(size) for size in conv.padding)
-        return Geometry(conv.stride, padding, extra, conv.dilation, conv.groups, True)
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    if conv.padding_mode != "zeros" or (left, top) != (right, bottom):
+        return Geometry(stride, _pair(conv.padding), _pair(extra), dilation, conv.groups, True)
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros":
         return None
-    return Geometry(conv.stride, (top, left), (0, 0), conv.dilation, conv.groups, False)
+    if isinstance(padding, str):
+        kernel = conv._parameters["weight"].shape[2:]  # type: ignore[union-attr]
+        total = [
+            step * (extent - 1) if padding == "same" else 0
+            for step, extent in zip(dilation, kernel, strict=True)
+        ]
+        if any(size % 2 for size in total):
+            return None
+        padding = [size // 2 for size in total]
+    return Geometry(stride, _pair(padding), (0, 0), dilation, conv.groups, False)
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    """An attribute of a module: torch's constructors make tuples, but users may set numbers."""
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def slope_of(activation: str, negative_slope: float) -> float | None:

@@ -15,17 +15,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from .eligible import CALL_HOOKS, FUSED_TYPES
+from .eligible import CALL_HOOKS, CONV_ATTRIBUTES, FUSED_TYPES, has_call_hooks
 from .find import has_forward
 from .forward import OwnForward, why_not_rewritable
-from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d
+from .pieces import INFERENCE_TYPES, AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d
 from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
 from .unchanged import Unchanged
 
 _IDENTITIES = (AbsorbedActivation, FoldedBatchNorm2d, nn.Identity)
-# Modules whose calls steps may replace, with what decides how.
-_REPLACED: dict[Any, tuple[str, ...]] = {
-    FUSED_TYPES: ("activation", "negative_slope"),
+# Modules whose calls steps may replace, with what decides how. Of these types, not of subclasses.
+_REPLACED: dict[type, tuple[str, ...]] = {
+    **dict.fromkeys((*FUSED_TYPES, *INFERENCE_TYPES), CONV_ATTRIBUTES),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.LeakyReLU: ("negative_slope",),
     nn.ReLU: (),
@@ -60,7 +60,9 @@ def values_in(template: Any) -> Iterator[Value]:
 
 @dataclass(eq=False)
 class Operation:
-    """One call. `target` is a module, a function, or the name of a method of the first argument."""
+    """One call. `target` is a module that steps may replace, a function, or the name of a method of
+    the first argument.
+    """
 
     result: Value
     target: nn.Module | Callable[..., Any] | str
@@ -181,25 +183,24 @@ class _Flattener:
 
     def call(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """A child's call: written out, left away, or one operation."""
-        if type(module) in _IDENTITIES and len(args) == 1 and not kwargs:
+        does_more = has_call_hooks(module) or "forward" in vars(module)
+        if type(module) in _IDENTITIES and not does_more and len(args) == 1 and not kwargs:
             self.guards.watch_call(module)
             self.guards.equal(module, "training", self.training)
             return args[0]
-        for kind, attributes in _REPLACED.items():
-            if isinstance(module, kind):
-                self.guards.watch_call(module)
-                for attribute in attributes:
+        if type(module) in _REPLACED and not does_more:
+            self.guards.watch_call(module)
+            for attribute in _REPLACED[type(module)]:
+                if hasattr(module, attribute):
                     self.guards.equal(module, attribute, getattr(module, attribute))
-                return self.add(module, args, kwargs, name)
-        if not has_forward(module) or any(
-            (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        ):
             return self.add(module, args, kwargs, name)
+        if not has_forward(module) or has_call_hooks(module):
+            return self.add(module.__call__, args, kwargs, name)
         try:
             trace = _trace(module, name, self.training)
             arguments = _bind(trace, args, kwargs)
         except UntraceableError:
-            return self.add(module, args, kwargs, name)
+            return self.add(module.__call__, args, kwargs, name)
         self.guards.watch_call(module)
         return self.inline(trace, name, arguments)
 

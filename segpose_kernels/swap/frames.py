@@ -84,6 +84,10 @@ def _allocator(seen: Seen, channels_last: bool) -> Callable[[], Tensor]:
     )
 
 
+class OutdatedError(Exception):
+    """The model's layers are no longer those that a blueprint was made for."""
+
+
 class Frame:
     """One run's memory: the arena, its views, and the layers' forms as they were last seen.
 
@@ -139,20 +143,27 @@ class Frame:
         return True
 
     def prepare(self) -> None:
-        """Bind the layers' forms as the weights and settings are now."""
+        """Bind the layers' forms as the weights and settings are now.
+
+        Raises OutdatedError for layers that no longer are those of the blueprint.
+        """
         self.forms = []
+        self.calls = []
         self.precision = cpu_float32_precision()
         self.unchanged = Unchanged()
         self.unchanged.answer(cpu_float32_precision, self.precision)
         self.folded = []
         for layer in self.blueprint.layers:
             weight, bias = tensors_of(layer.conv)
+            if not layer.takes(weight, bias):
+                raise OutdatedError
             if weight is layer.conv._parameters["weight"]:
                 self.unchanged.parameters(layer.conv)
             form = self.filters.form(
                 layer.conv, weight, bias, layer.shape, layer.geometry, layer.slope
             )
-            assert form is not None, "the first run had a result"
+            if form is None or form.output_shape != layer.result.shape:
+                raise OutdatedError
             if weight is not layer.conv._parameters["weight"]:
                 self.folded.append((layer.conv, weakref.ref(form)))
             self.forms.append(form)
@@ -212,6 +223,9 @@ class Frame:
                 values[place] = view
         for step in self.blueprint.steps.steps[position:]:
             values[step.writes] = step.run(values)
+        for index in self.blueprint.steps.outputs & self.views.keys():
+            if values[index] is self.views[index]:
+                values[index] = values[index].clone()  # the next run writes there
         output = fill(self.blueprint.steps.output, values)
         return contiguous_values(output) if self.blueprint.contiguous else output
 

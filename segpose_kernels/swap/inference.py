@@ -18,7 +18,7 @@ from .filters import FilterCache, is_unwatched, watchers
 from .find import has_forward
 from .flatten import Guards, flatten
 from .forward import OwnForward
-from .frames import Frame, first_run
+from .frames import Frame, OutdatedError, first_run
 from .journal import Journal, journal_of
 from .layout import contiguous_outputs, is_contiguous, is_image
 from .steps import CatStep, ConvStep, PoolStep, Steps, make_steps
@@ -59,16 +59,19 @@ class Program:
     def run(self, inputs: Sequence[Any], signature: Signature) -> Any:
         """The model's output; the inputs are those of the signature."""
         blueprint = self._blueprint_of(signature)
-        if blueprint is None:
-            contiguous = signature[0]
-            output, seen = first_run(self.steps, inputs, contiguous=contiguous)
-            self._put_first(signature, Blueprint(self.steps, seen, contiguous=contiguous))
-            return output
-        frame = self._take(blueprint)
-        if not frame.is_current():
-            frame.prepare()
-        frame.layouts = self._layouts(tuple(inputs))
-        return self._run(frame, inputs)
+        if blueprint is not None:
+            frame = self._take(blueprint)
+            try:
+                if not frame.is_current():
+                    frame.prepare()
+                frame.layouts = self._layouts(tuple(inputs))
+                return self._run(frame, inputs)
+            except OutdatedError:
+                pass  # written anew below
+        contiguous = signature[0]
+        output, seen = first_run(self.steps, inputs, contiguous=contiguous)
+        self._put_first(signature, Blueprint(self.steps, seen, contiguous=contiguous))
+        return output
 
     def run_again(self, inputs: tuple[Any, ...]) -> tuple[Any] | None:
         """The output in a tuple, if everything is as in the run before, these inputs alike."""
@@ -79,7 +82,10 @@ class Program:
             return None
         known = frame.layouts
         if known is not None and known == self._layouts(inputs) and frame.is_current(again=True):
-            return (self._run(frame, inputs),)
+            try:
+                return (self._run(frame, inputs),)
+            except OutdatedError:
+                return None
         self._idle.append(frame)
         return None
 
@@ -87,7 +93,8 @@ class Program:
         try:
             return frame.run(inputs)
         finally:
-            self._give_back(frame)
+            if frame.calls:  # there are none for layers that are outdated
+                self._give_back(frame)
 
     def _blueprint_of(self, signature: Signature) -> Blueprint | None:
         for position, (known, blueprint) in enumerate(self._blueprints):

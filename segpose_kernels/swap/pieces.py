@@ -159,7 +159,8 @@ def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
     assert weight is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    with torch.no_grad():
+    # Tensors of inference mode would have no version that tells when they change.
+    with torch.inference_mode(False), torch.no_grad():
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
