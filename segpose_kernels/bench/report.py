@@ -262,12 +262,16 @@ def _scaling(report: _Report) -> list[Block]:
     more_threads = report.run.machine["threads"]
     threads = (more_threads, more_threads if fewer is None else fewer.machine["threads"])
     blocks: list[Block] = [Heading("Scaling")]
-    layer = [case for case in cases if case.name.startswith("upsampler")]
-    models = [case for case in cases if case not in layer]
-    for name, chosen, words in (
-        ("scaling-layer", layer, "Transposed convolution, k4 s2, 128 to 128 channels, 32x32"),
-        ("scaling-models", models, "Whole models"),
-    ):
+    layer = "Transposed convolution, k4 s2, 128 to 128 channels, 32x32"
+    plots = {
+        "scaling-layer": ("upsampler", layer),
+        "scaling-odd": ("odd", f"{layer}, in sizes that fill no vectors and tiles"),
+        "scaling-models": ("", "Whole models"),
+    }
+    left = list(cases)
+    for name, (prefix, words) in plots.items():
+        chosen = [case for case in left if case.name.startswith(prefix)]
+        left = [case for case in left if case not in chosen]
         if chosen:
             draw = scaling(chosen, few, threads)
             alt = f"{words}: time and memory against size"

@@ -147,7 +147,8 @@ _UPSAMPLER = ConvSpec(
 
 def sweeps() -> Iterator[Case]:
     """A transposed convolution (k4 s2, 128 to 128 channels on 32x32, as in heatmap heads) against
-    batch, resolution and channels; CPM2DPose against resolution, SegNet against batch.
+    batch, resolution and channels, and against sizes that fill no vectors and tiles; CPM2DPose
+    against resolution, SegNet against batch.
     """
     for n in (1, 2, 4, 8, 16, 32):
         yield _swept("batch", n, replace(_UPSAMPLER, n=n))
@@ -155,6 +156,11 @@ def sweeps() -> Iterator[Case]:
         yield _swept("resolution", extent, replace(_UPSAMPLER, h=extent, w=extent))
     for channels in (8, 16, 32, 64, 128, 256, 512):
         yield _swept("channels", channels, replace(_UPSAMPLER, c_in=channels, c_out=channels))
+    odd = replace(_UPSAMPLER, name="odd")
+    for extent in (1, 3, 7, 15, 33, 65):
+        yield _swept("resolution", extent, replace(odd, h=extent, w=extent))
+    for channels in (3, 9, 17, 21, 37, 75, 149, 301):
+        yield _swept("channels", channels, replace(odd, c_in=channels, c_out=channels))
     for extent in (64, 128, 192, 256, 384):
         yield _swept_model("cpm2dpose", "resolution", extent, (1, 3, extent, extent))
     for n in (1, 4, 16, 64, 256):
@@ -162,7 +168,7 @@ def sweeps() -> Iterator[Case]:
 
 
 def _swept(quantity: str, value: int, spec: ConvSpec) -> Case:
-    name = f"upsampler-{quantity}-{value}"
+    name = f"{spec.name}-{quantity}-{value}"
     case = _layer(replace(spec, name=name), "scaling", "inference", _FLOAT32, "full")
     return replace(case, sweep=(quantity, value), contenders=_SWEPT_CONTENDERS)
 
