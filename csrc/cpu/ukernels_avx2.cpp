@@ -58,6 +58,7 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 
 // clang-format off: each text uses those before it
 #include "ukernels-inl.h"
+#include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
 // clang-format on

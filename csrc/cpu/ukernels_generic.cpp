@@ -10,6 +10,7 @@ namespace generic {
 
 // clang-format off: each text uses those before it
 #include "ukernels-inl.h"
+#include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
 // clang-format on

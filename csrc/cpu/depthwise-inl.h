@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The microkernels of depthwise convolutions: vectors along the channels, or along whatever lies side by side. Included
+// after ukernels-inl.h, whose vectors it uses and whose rules it keeps.
+
+// `Pixels` neighbours from `first` on share the loads of their weights, for `Vectors` of channels.
+template <class T, int Pixels, int Vectors, bool Streams>
+SEGPOSE_INLINE void depthwise_tile(const DepthwiseArgs<T>& args, int64_t first, int64_t channel) {
+  constexpr int kLength = Simd<T>::kLength;
+  using Vector = typename Simd<T>::Vector;
+  Vector sums[Pixels][Vectors] = {};
+  for (int64_t tap = 0; tap < args.count; ++tap) {
+    const T* a = args.taps[tap].a + first * args.a_step + channel;
+    Vector w[Vectors];
+    SEGPOSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) w[v] = load<T>(args.taps[tap].w + channel + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < Vectors; ++v) sums[m][v] += load<T>(a + m * args.a_step + v * kLength) * w[v];
+    }
+    if (Pixels > 1 && args.taps[tap].prefetches && channel % (64 / sizeof(T)) == 0) {
+      SEGPOSE_UNROLL
+      for (int m = 0; m < Pixels; ++m) __builtin_prefetch(a + (Pixels + m) * args.a_step);
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    Vector bias = {};
+    if (args.bias != nullptr) bias = load<T>(args.bias + channel + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      T* const out = args.out + (first + m) * args.out_step + channel + v * kLength;
+      const Vector result = activate<T>(sums[m][v] + bias, args.activation, args.negative_slope);
+      if constexpr (Streams) {
+        stream<T>(out, result);
+      } else {
+        store<T>(out, result);
+      }
+    }
+  }
+}
+
+template <class T, int Pixels>
+SEGPOSE_INLINE void depthwise_pixels(const DepthwiseArgs<T>& args, int64_t first) {
+  constexpr int kLength = Simd<T>::kLength;
+  T* const out = args.out + first * args.out_step;
+  int64_t channel = 0;
+  for (; channel + kLength <= args.channels; channel += kLength) {
+    depthwise_tile<T, Pixels, 1, false>(args, first, channel);
+  }
+  for (; channel < args.channels; ++channel) {
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      T sum = 0;
+      for (int64_t tap = 0; tap < args.count; ++tap) {
+        sum += args.taps[tap].a[(first + m) * args.a_step + channel] * args.taps[tap].w[channel];
+      }
+      if (args.bias != nullptr) sum += args.bias[channel];
+      out[m * args.out_step + channel] = activate_scalar<T>(sum, args.activation, args.negative_slope);
+    }
+  }
+}
+
+template <class T>
+void depthwise_row(const DepthwiseArgs<T>& args) {
+  constexpr int kPixels = kDepthwisePixels;
+  int64_t pixel = 0;
+#ifdef SEGPOSE_STREAM
+  if (args.streams) {
+    // Whole cache lines at a time.
+    constexpr int kVectors = 64 / SEGPOSE_VECTOR_BYTES;
+    constexpr int kStreamed = kPixels / kVectors;
+    for (; pixel + kStreamed <= args.pixels; pixel += kStreamed) {
+      for (int64_t channel = 0; channel < args.channels; channel += kVectors * Simd<T>::kLength) {
+        depthwise_tile<T, kStreamed, kVectors, true>(args, pixel, channel);
+      }
+    }
+  }
+#endif
+  for (; pixel + kPixels <= args.pixels; pixel += kPixels) depthwise_pixels<T, kPixels>(args, pixel);
+  for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
+}
+
+template <class T>
+void depthwise_wgrad_row(const WgradArgs<T>& args, int64_t channels) {
+  constexpr int kLength = Simd<T>::kLength;
+  constexpr int kVectors = 4;
+  using Vector = typename Simd<T>::Vector;
+  int64_t channel = 0;
+  for (; channel + kVectors * kLength <= channels; channel += kVectors * kLength) {
+    Vector sums[kVectors] = {};
+    for (int64_t i = 0; i < args.count; ++i) {
+      const T* g = args.segments[i].g + channel;
+      const T* x = args.segments[i].x + channel;
+      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step) {
+        SEGPOSE_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[v] += load<T>(g + v * kLength) * load<T>(x + v * kLength);
+      }
+    }
+    SEGPOSE_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      T* out = args.out + channel + v * kLength;
+      store<T>(out, load<T>(out) + sums[v]);
+    }
+  }
+  for (; channel < channels; ++channel) {
+    T sum = 0;
+    for (int64_t i = 0; i < args.count; ++i) {
+      const T* g = args.segments[i].g + channel;
+      const T* x = args.segments[i].x + channel;
+      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step)
+        sum += *g * *x;
+    }
+    args.out[channel] += sum;
+  }
+}
