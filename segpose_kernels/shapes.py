@@ -44,8 +44,9 @@ def conv_transpose_extents(
 def _memory_format(x: Tensor, w: Tensor) -> torch.memory_format:
     """torch's rule: channels_last if input or weight is."""
     last = torch.channels_last
-    if x.is_contiguous(memory_format=last) and not x.is_contiguous():
-        return last  # where there is no doubt, without the slow look at every stride
+    # Where there is no doubt, without the slow look at every stride: those of extents of one count.
+    if 1 not in x.shape and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return last
     if suggest_memory_format(x) == last or suggest_memory_format(w) == last:
         return last
     return torch.contiguous_format

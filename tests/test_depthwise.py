@@ -92,5 +92,7 @@ def test_planes(dtype: torch.dtype, transposed: bool) -> None:
         ((13, 90), {"kernel": (3, 3), "padding": (4, 4), "dilation": (5, 3)}),
         ((3, 24), {"kernel": (9, 33), "padding": (4, 16)}),
         ((2, 600), {"kernel": (2, 2), "padding": (0, 0)}),
+        ((40, 40), {"kernel": (3, 3), "padding": (9, 9), "dilation": (9, 9)}),
+        ((40, 40), {"kernel": (3, 3), "padding": (24, 24), "dilation": (24, 24)}),
     ):
         compare(5, size, dtype, transposed=transposed, **options)

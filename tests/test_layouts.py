@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segpose_kernels import conv2d_act
 from segpose_kernels.testing.fused import OPERANDS, call_fused, run_fused
 from segpose_kernels.testing.numerics import TOLERANCES, assert_results_match
 from segpose_kernels.testing.problems import ConvSpec, as_layout, by_name
@@ -238,3 +239,18 @@ def test_saved_tensors(spec: ConvSpec, activation: Activation, generator: torch.
         y = call_fused(spec, x, w, tensors.bias)
     allowed = {x.data_ptr(), w.data_ptr()} | ({y.data_ptr()} if activation != "none" else set())
     assert {t.data_ptr() for t in saved} <= allowed
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 3), (1, 10, 3), (12, 1, 3), (12, 10, 1)], ids=str)
+def test_one_image_of_pixels(shape: tuple[int, int, int]) -> None:
+    """As cameras give it, [H, W, C]: the fake and torch tell the format by the same strides."""
+    x, weight = torch.rand(shape).permute(2, 0, 1)[None], torch.randn(8, shape[2], 3, 3)
+    expected = F.conv2d(x, weight, padding=1)
+    y = conv2d_act(x, weight, padding=1)
+    fake = conv2d_act(x.to("meta"), weight.to("meta"), padding=1)
+    assert y.stride() == fake.stride()
+    assert y.is_contiguous() == expected.is_contiguous()
+    compiled = torch.compile(
+        lambda x: conv2d_act(x, weight, padding=1) * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(x).stride() == y.stride()

@@ -189,7 +189,11 @@ bool runs_in_planes(const Plan& plan, const MaskedSource& source, const TensorVi
   if (!is_planar(source.view, dtype) || !is_planar(destination, dtype)) return false;
   const int64_t least = kFewestVectors * ukernels<T>(plan.isa).vector_length;
   return std::all_of(plan.phases.begin(), plan.phases.end(), [&](const Phase& phase) {
-    return phase.istep_w == 1 && phase.ostep_w == 1 && phase.cols >= least;
+    if (phase.istep_w != 1 || phase.ostep_w != 1 || phase.cols < least) return false;
+    const BandShape band(phase);
+    // Far apart, most taps of a pixel read the padding, which would be multiplied all the same.
+    const int64_t beyond_h = band.staged_h - (band.rows - 1) * phase.istep_h - 1;
+    return 2 * beyond_h <= source.view.h && 2 * (band.staged_w - phase.cols) <= source.view.w;
   });
 }
 
