@@ -77,7 +77,8 @@ def optimize(
         memory_format: "auto" converts the weights to channels_last, in place, if nothing in the
             model depends on strides; layers then pass channels_last on without conversions, and
             4-d results of the model are contiguous if the inputs were. torch.channels_last and
-            torch.preserve_format decide it by hand.
+            torch.preserve_format decide it by hand. A fused optimizer that has stepped before holds
+            its state in the format of before and must be made anew.
         max_prepared_bytes: of packed filters in inference mode, for the whole model; the layers
             that find no room pack their filters on every call, as in training.
 
@@ -132,7 +133,7 @@ def optimize(
         filters = journal.report.filters = FilterCache(max_prepared_bytes)
     try:
         _apply(analysis, forwards, journal, backend, filters)
-        _choose_format(analysis, journal, options["memory_format"])
+        _choose_format(analysis, journal, options["memory_format"], _why_weights_stay(model))
         if mode == "train" and not isinstance(model, nn.DataParallel):
             _chain(inner, journal, backend)
         if filters is not None:
@@ -320,12 +321,27 @@ def _replace_everywhere(
                 journal.replace_module(parent, attribute, new)
 
 
-def _choose_format(analysis: Analysis, journal: Journal, memory_format: str) -> None:
+def _why_weights_stay(model: nn.Module) -> str:
+    """Who else holds on to the memory of the weights; empty if nobody does."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return (
+            "DistributedDataParallel holds gradients in the memory format of before: "
+            "optimize the model before it is wrapped"
+        )
+    on_cpu = (p for p in model.parameters() if type(p) is nn.Parameter and p.device.type == "cpu")
+    if any(weight.is_shared() for weight in on_cpu):  # type: ignore[no-untyped-call]
+        return "its parameters are in shared memory"
+    return ""
+
+
+def _choose_format(
+    analysis: Analysis, journal: Journal, memory_format: str, why_weights_stay: str
+) -> None:
     report = journal.report
     report.memory_format = memory_format
     report.memory_format_reason = "as asked"
     if memory_format == "auto":
-        reason = why_not_channels_last(
+        reason = why_weights_stay or why_not_channels_last(
             analysis.model,
             analysis.traces,
             analysis.untraceable,

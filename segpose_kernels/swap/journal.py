@@ -23,8 +23,8 @@ class Journal:
         modules: (parent, attribute, old, new) for each replaced module.
         attributes: (owner, attribute, old, new) for each replaced callable attribute.
         forwards: modules that got a forward of their own.
-        formats: (module, parameter name, strides) of each parameter whose memory format was
-            changed.
+        formats: (module, parameter name, shape, strides) of each parameter whose memory format
+            was changed.
         folds: convolutions that hold folded tensors, with their BatchNorm.
         options: the arguments of `optimize`, to tell a repeated call.
         layers: names and types of all modules afterwards, for the same purpose.
@@ -37,7 +37,7 @@ class Journal:
     modules: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     forwards: list[nn.Module] = field(default_factory=list)
-    formats: list[tuple[nn.Module, str, tuple[int, ...]]] = field(default_factory=list)
+    formats: list[tuple[nn.Module, str, torch.Size, tuple[int, ...]]] = field(default_factory=list)
     folds: list[tuple[Fused, nn.BatchNorm2d]] = field(default_factory=list)
     layers: list[tuple[str, str]] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Journal:
             self.forwards.append(owner)
 
     def to_channels_last(self, module: nn.Module) -> None:
-        """Reorder a 4-d weight in place; the Parameter object stays."""
+        """Reorder a 4-d weight in place, and its gradient; the Parameter object stays."""
         weight = module._parameters["weight"]
         assert weight is not None
         _, channels, rows, columns = weight.shape
@@ -69,11 +69,8 @@ class Journal:
         strides = (rows * columns * channels, 1, columns * channels, channels)
         if weight.stride() == strides:
             return
-        self.formats.append((module, "weight", weight.stride()))
-        ordered = torch.empty_strided(
-            weight.shape, strides, dtype=weight.dtype, device=weight.device
-        )
-        weight.data = ordered.copy_(weight.data)
+        self.formats.append((module, "weight", weight.shape, weight.stride()))
+        _reorder(weight, strides)
 
     def undo(self) -> None:
         """Put everything back; what the user has replaced since is left as it is."""
@@ -82,13 +79,10 @@ class Journal:
         for owner, attribute, old, new in reversed(self.attributes):
             if vars(owner).get(attribute) is new:
                 vars(owner)[attribute] = old
-        for module, name, strides in self.formats:
+        for module, name, shape, strides in self.formats:
             parameter = module._parameters.get(name)
-            if parameter is not None:
-                restored = torch.empty_strided(
-                    parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
-                )
-                parameter.data = restored.copy_(parameter.data)
+            if parameter is not None and parameter.shape == shape:
+                _reorder(parameter, strides)
         for parent, attribute, old, new in reversed(self.modules):
             if parent._modules.get(attribute) is new:
                 parent._modules[attribute] = old
@@ -114,6 +108,23 @@ class Journal:
         for key in [key for key, hook in hooks.items() if hook is contiguous_outputs]:
             del hooks[key]
             self.owner._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _reorder(parameter: nn.Parameter, strides: tuple[int, ...]) -> None:
+    """Give the parameter, and a gradient that lay as it did, these strides."""
+    before, gradient = parameter.stride(), parameter.grad
+    # Data of inference mode could not be trained.
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        parameter.data = _ordered(parameter.data, strides)
+        # Fused optimizers walk through both as they lie in memory.
+        strided = gradient is not None and gradient.layout is torch.strided
+        if gradient is not None and strided and gradient.stride() == before:
+            parameter.grad = _ordered(gradient, strides)
+
+
+def _ordered(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    empty = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)
 
 
 def refold(model: nn.Module, incompatible_keys: Any) -> None:
