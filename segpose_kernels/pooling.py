@@ -2,8 +2,7 @@
 """Max-pooling by 2 between fused layers, and channels_last results for callers that want others.
 
 Both have CPU kernels. torch's max-pooling keeps eight bytes of index for every output; here the
-backward pass finds the largest value again from input and output, which the layers around it keep
-anyway.
+backward pass finds the largest value again in the input, which the layer before it keeps anyway.
 """
 
 from __future__ import annotations
@@ -39,25 +38,38 @@ def _has_kernels(x: Tensor) -> bool:
 class _MaxPool2x2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        y: Tensor = torch.ops.segpose.allocate_result(x, (n, c, h // 2, w // 2), True)
-        torch.ops.segpose.max_pool2x2(x, y)
-        ctx.save_for_backward(x, y)
-        return y
+        # Not its result, which the caller may change in place, as torch lets him.
+        ctx.save_for_backward(x)
+        return _pool(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, y = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # differentiated again: through torch's own operators
             again: Tensor
             (again,) = torch.autograd.grad(F.max_pool2d(x, 2), x, grad, create_graph=True)
             return again
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        if grad.stride(1) != 1:  # torch calls a format by both names where an extent is 1
-            grad = torch.empty_like(y).copy_(grad)
+        x, grad = _as_pixels(x), _as_pixels(grad)
         grad_input: Tensor = torch.ops.segpose.allocate_result(x, x.shape, True)
-        torch.ops.segpose.max_pool2x2_backward(grad, y, x, grad_input)
+        torch.ops.segpose.max_pool2x2_backward(grad, _pool(x), x, grad_input)
         return grad_input
+
+
+def _pool(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y: Tensor = torch.ops.segpose.allocate_result(x, (n, c, h // 2, w // 2), True)
+    torch.ops.segpose.max_pool2x2(x, y)
+    return y
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """In channels_last; what hooks on saved tensors unpack may have come into another format."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.stride(1) == 1:
+        return x
+    # torch calls a format by both names where an extent is 1.
+    y: Tensor = torch.ops.segpose.allocate_result(x, x.shape, True)
+    return y.copy_(x)
 
 
 def is_pool2x2(module: nn.Module) -> bool:

@@ -118,3 +118,25 @@ def test_contiguous_copies(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y.backward(grad)
     assert x.grad is not None
     assert torch.equal(x.grad, grad)
+
+
+def test_a_result_may_be_changed_in_place() -> None:
+    """As by a ReLU(inplace=True) behind the pool."""
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3)
+    ).double()
+    model, _ = optimize(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 12, 13, dtype=torch.float64)
+    for net in (plain, model):
+        net(x).square().sum().backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_saved_tensors_may_come_back_in_another_format() -> None:
+    x = torch.randn(2, 4, 6, 7).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        y = MaxPool2x2()(x)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    (expected,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x)
+    torch.testing.assert_close(found, expected)

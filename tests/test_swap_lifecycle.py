@@ -271,3 +271,24 @@ def test_compiled_model_has_one_graph(build: Callable[[], nn.Module]) -> None:
     expected = model(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+class Shared(nn.Module):
+    """Its forward is rewritten: one activation stands behind two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.act = nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.c2(self.act(self.c1(x))))
+
+
+def test_a_rewritten_forward_sees_a_parametrization() -> None:
+    plain, x = Shared(), torch.randn(2, 3, 9, 9)
+    model, _ = optimize(copy.deepcopy(plain))
+    for net in (plain, model):
+        nn.utils.parametrizations.weight_norm(net.c2)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)

@@ -293,10 +293,11 @@ def call_convolution(
 ) -> Tensor:
     """What a rewritten forward puts in place of `activation(conv(input))`.
 
-    With hooks on the module the convolution runs as a call of it, so that they see what they saw
-    before.
+    A module that does more than its class runs as a call: hooks see what they saw before, and a
+    forward of its own, a subclass or a parametrization is what the user wants.
     """
-    if has_call_hooks(conv) or not isinstance(conv, FUSED_TYPES):
+    does_more = type(conv) not in (*FUSED_TYPES, *INFERENCE_TYPES) or "forward" in vars(conv)
+    if does_more or has_call_hooks(conv) or not isinstance(conv, FUSED_TYPES):
         output = conv(input, *args, **kwargs)
         if activation == "relu":
             return nn.functional.relu(output)
