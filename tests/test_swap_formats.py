@@ -31,8 +31,9 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("restored", [False, True])
-def test_distributed_data_parallel_that_was_there_before(restored: bool) -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["wrapped", "wrapped after"])
+@pytest.mark.parametrize("restored", [False, True], ids=["optimized", "restored"])
+def test_distributed_data_parallel(before: bool, restored: bool) -> None:
     """Its gradients are views of its own memory, in the strides that the weights had."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,9 +41,13 @@ def test_distributed_data_parallel_that_was_there_before(restored: bool) -> None
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
         plain, x = layers(), torch.randn(2, 3, 8, 8)
-        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
-        _, report = optimize(wrapped)
-        assert report.memory_format == "preserve_format"
+        model = copy.deepcopy(plain)
+        if before:
+            optimize(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        if not before:
+            _, report = optimize(wrapped)
+            assert report.memory_format == "preserve_format"
         if restored:
             restore(wrapped)
         for found, expected in zip(gradients(wrapped, x), gradients(plain, x), strict=True):

@@ -154,8 +154,7 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
     const int64_t channel = block.group * plan.columns() + panel.column;
     set_out_rows(launch, scratch, block.count, tile.rows_read(block.count), channel, panel.nr, direct);
     args.columns = panel.columns;
-    args.streams =
-        streams<T>(launch.destination) && panel.columns == panel.nr && are_lines<T>(panel.nr) && are_lines<T>(channel);
+    args.streams = streams<T>(launch.destination, panel, channel);
     args.bias = launch.bias == nullptr ? nullptr : launch.bias + block.group * plan.padded_columns() + panel.column;
     const T* packed = launch.packed + launch.layout->phase_offset(block.phase) +
                       launch.layout->panel_offset(plan, block.phase, block.group, panel);

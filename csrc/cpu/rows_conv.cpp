@@ -54,8 +54,7 @@ class PanelRows {
     args_.negative_slope = static_cast<T>(launch.epilogue.negative_slope);
     channel_ = group * plan.columns() + panel.column;
     direct_ = launch.destination.has_channel_rows(compute_dtype<T>());
-    args_.streams =
-        streams<T>(launch.destination) && panel.columns == panel.nr && are_lines<T>(panel.nr) && are_lines<T>(channel_);
+    args_.streams = streams<T>(launch.destination, panel, channel_);
   }
 
   // At most `rows` rows of a phase from `first` on, of a task that begins at `row`.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "plan.h"
 #include "tensor_view.h"
 #include "ukernels.h"
 
@@ -18,7 +19,7 @@ inline bool overflows_caches(const TensorView& view, int64_t element_bytes) {
   return view.n * view.c * view.h * view.w * element_bytes >= kStreamedBytes;
 }
 
-// Whether so many values are whole cache lines. Half a line costs as much past the caches as a whole one.
+// Whether so many values are whole cache lines: parts of a line would go to memory one by one.
 template <class T>
 bool are_lines(int64_t values) {
   return values * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0;
@@ -29,12 +30,12 @@ bool is_at_line(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % kLineBytes == 0;
 }
 
-// Whether the pixels of a result go past the caches: each begins with a cache line.
+// Whether a panel's share of each pixel of a result, from `channel` on, goes past the caches: whole cache lines.
 template <class T>
-bool streams(const TensorView& result) {
+bool streams(const TensorView& result, const Panel& panel, int64_t channel) {
   return result.has_channel_rows(compute_dtype<T>()) && overflows_caches(result, sizeof(T)) &&
          is_at_line(result.as<const T>()) && are_lines<T>(result.stride_n) && are_lines<T>(result.stride_h) &&
-         are_lines<T>(result.stride_w);
+         are_lines<T>(result.stride_w) && panel.columns == panel.nr && are_lines<T>(panel.nr) && are_lines<T>(channel);
 }
 
 // Before other threads read what went past the caches.

@@ -51,11 +51,12 @@ def optimize(
     place.
 
     Every `nn.Conv2d` becomes a `Conv2dAct`, every `nn.ConvTranspose2d` a `ConvTranspose2dAct`,
-    which hold the very same Parameter objects under the same names: state_dict, optimizers made
-    before and checkpoints stay valid. A ReLU or leaky ReLU that follows (as a module, a function
-    held in an attribute, or a function called in `forward`) moves into the convolution; a
-    convolution followed by anything else gets its bias fused. What may change results is left
-    alone, and the report says why. Calling it again with the same arguments changes nothing.
+    which hold the very same Parameter objects under the same names: state_dict, checkpoints and
+    optimizers made before stay valid (fused ones apart, see memory_format). A ReLU or leaky ReLU
+    that follows (as a module, a function held in an attribute, or a function called in `forward`)
+    moves into the convolution; a convolution followed by anything else gets its bias fused. What
+    may change results is left alone, and the report says why. Calling it again with the same
+    arguments changes nothing.
 
     While gradients are needed on CPU, convolutions of an nn.Sequential that follow each other, with
     or without activations, are one node of the autograd graph, which calls the same kernels with
@@ -116,10 +117,10 @@ def optimize(
     if journal is not None and journal.options == options and journal.layers == layers_of(inner):
         if strict and journal.report.skipped:
             report = journal.report
-            restore(inner)
+            _restore(inner, model)
             raise SwapError(report)
         return model, journal.report
-    restore(inner)
+    _restore(inner, model)
     if mode == "inference" and inner.training:
         raise ValueError(
             'segpose_kernels.optimize: mode="inference" needs a model in eval mode: '
@@ -153,13 +154,19 @@ def optimize(
 def restore(model: ModelT) -> ModelT:
     """Undo `optimize`: modules, attributes, forwards, hooks and memory formats are what they were.
 
-    Parameters keep their present values. A plain model is returned as it is.
+    Parameters keep their present values. A plain model is returned as it is. Under
+    DistributedDataParallel, which holds gradients in the weights' memory format, that one stays.
     """
+    _restore(model, model)
+    return model
+
+
+def _restore(model: nn.Module, outermost: nn.Module) -> None:
+    keep_formats = isinstance(outermost, nn.parallel.DistributedDataParallel)
     for module in list(model.modules()):
         journal = journal_of(module)
         if journal is not None:
-            journal.undo()
-    return model
+            journal.undo(keep_formats=keep_formats)
 
 
 def _checked_options(

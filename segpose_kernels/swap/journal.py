@@ -72,8 +72,10 @@ class Journal:
         self.formats.append((module, "weight", weight.shape, weight.stride()))
         _reorder(weight, strides)
 
-    def undo(self) -> None:
-        """Put everything back; what the user has replaced since is left as it is."""
+    def undo(self, *, keep_formats: bool = False) -> None:
+        """Put everything back; what the user has replaced since is left as it is. `keep_formats`:
+        weights stay in the memory format that they have.
+        """
         for owner in self.forwards:
             vars(owner).pop("forward", None)
         for owner, attribute, old, new in reversed(self.attributes):
@@ -81,7 +83,7 @@ class Journal:
                 vars(owner)[attribute] = old
         for module, name, shape, strides in self.formats:
             parameter = module._parameters.get(name)
-            if parameter is not None and parameter.shape == shape:
+            if parameter is not None and parameter.shape == shape and not keep_formats:
                 _reorder(parameter, strides)
         for parent, attribute, old, new in reversed(self.modules):
             if parent._modules.get(attribute) is new:
