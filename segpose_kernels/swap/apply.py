@@ -223,7 +223,7 @@ def _rewritten_forwards(
     """
     by_owner: dict[int, list[Pair]] = {}
     for pair in analysis.pairs:
-        if pair.unsafe and not pair.broken:
+        if pair.unsafe and not pair.broken and not pair.trace.tried:
             by_owner.setdefault(id(pair.trace.owner), []).append(pair)
     forwards: dict[int, RewrittenForward] = {}
     refusals: dict[int, str] = {}
@@ -275,6 +275,10 @@ def _apply(
         if key[0] == "module":
             old = modules[key[1]]
             passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
+            # A forward may read what was set on it.
+            vars(passing_on).update(
+                (name, value) for name, value in vars(old).items() if name not in vars(passing_on)
+            )
             passing_on.training = old.training
             _replace_everywhere(analysis, old, passing_on, journal)
         else:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from . import activation as act
 from .activation import NONE, Activation, ActivationCall
+from .choices import explore
 from .eligible import (
     FUSED_TYPES,
     Conv,
@@ -85,7 +86,7 @@ def analyse(model: nn.Module, mode: str) -> Analysis:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    traces, untraceable, hidden = _trace_all(model)
+    traces, untraceable, hidden, choices = _trace_all(model)
     held = modules_held_outside(model)
     for identity, place in held.items():
         hidden.setdefault(("module", identity), f"is also held by the plain attribute {place}")
@@ -96,7 +97,7 @@ def analyse(model: nn.Module, mode: str) -> Analysis:
         for module in model.modules()
         if is_convolution(module) and not isinstance(module, FUSED_TYPES)
     }
-    finder = _Finder(traces, convs, hidden, names)
+    finder = _Finder(traces, convs, hidden, choices, names)
     if mode == "inference":
         finder.fold_batch_norms()
     pairs = finder.pairs()
@@ -131,10 +132,14 @@ def has_forward(module: nn.Module) -> bool:
 
 def _trace_all(
     model: nn.Module,
-) -> tuple[list[ForwardTrace], dict[str, str], dict[Key, str]]:
+) -> tuple[list[ForwardTrace], dict[str, str], dict[Key, str], dict[int, str]]:
+    """The traces, the forwards without one, what code outside of them may call, and the modules
+    whose traces do not show all that may run; each with the reason.
+    """
     traces: list[ForwardTrace] = []
     untraceable: dict[str, str] = {}
     hidden: dict[Key, str] = {}
+    choices: dict[int, str] = {}
     for name, module in model.named_modules():
         own: list[ForwardTrace] = []
         if has_forward(module):
@@ -144,10 +149,11 @@ def _trace_all(
                 own = [trace_forward(module, name, training) for training in (True, False)]
             except UntraceableError as error:
                 untraceable[name] = str(error)
-        traces += own
         for key, reason in hidden_uses(module, name, own).items():
             hidden.setdefault(key, reason)
-    return traces, untraceable, hidden
+        others, choices[id(module)] = explore(own)
+        traces += own + others
+    return traces, untraceable, hidden, choices
 
 
 class _Finder:
@@ -158,10 +164,12 @@ class _Finder:
         traces: list[ForwardTrace],
         convs: dict[int, ConvPlan],
         hidden: dict[Key, str],
+        choices: dict[int, str],
         names: dict[int, list[str]],
     ) -> None:
         self.convs = convs
         self.hidden = hidden
+        self.choices = choices
         self.names = names
         self.uses: dict[Key, list[tuple[ForwardTrace, fx.Node]]] = {}
         self.mutated = mutated_nodes(traces)
@@ -240,7 +248,8 @@ class _Finder:
         for key, what in ((module_key(plan.module), plan.names[0]), (pair.key, "the activation")):
             if key in self.hidden:
                 return f"{what} {self.hidden[key]}"
-        return why_not_straight(trace, pair.tail, pair.act_node)
+        choice = self.choices[id(trace.owner)]
+        return choice or why_not_straight(trace, pair.tail, pair.act_node)
 
     def fold_batch_norms(self) -> None:
         """Mark convolutions whose every use feeds one BatchNorm that nothing else uses."""
@@ -285,7 +294,8 @@ class _Finder:
                 or reader.args != (node,)
             ):
                 return "the convolution is also used without it"
-            if reason := why_not_straight(trace, node, reader):
+            choice = self.choices[id(trace.owner)]
+            if reason := choice or why_not_straight(trace, node, reader):
                 return reason
             followers.add(reader)
         if any(node not in followers for _, node in self.uses[module_key(norm)]):

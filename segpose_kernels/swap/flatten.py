@@ -2,7 +2,7 @@
 """An optimized model in one mode as a flat list of operations, its own forwards written out.
 
 What a forward does may depend on more than its inputs. So each forward that is written out must
-have passed the tests of `forward.why_not_rewritable`, and what it read while it was traced goes
+have passed the tests of `rewritable.why_not_rewritable`, and what it read while it was traced goes
 into `Guards`, which are looked at before every run.
 """
 
@@ -17,8 +17,9 @@ from torch import fx, nn
 
 from .eligible import CALL_HOOKS, CONV_ATTRIBUTES, FUSED_TYPES, has_call_hooks
 from .find import has_forward
-from .forward import OwnForward, why_not_rewritable
+from .forward import OwnForward
 from .pieces import INFERENCE_TYPES, AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d
+from .rewritable import why_not_rewritable
 from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
 from .unchanged import Unchanged
 

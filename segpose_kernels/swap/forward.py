@@ -8,24 +8,25 @@ class's own forward runs, which is right too, because its convolutions have kept
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 from torch import fx, nn
 
+from . import activation as act
+from .activation import Activation
+from .eligible import why_not_plain
 from .find import Pair
 from .pieces import call_convolution
-from .source import FunctionView, has_branches, view_of
-from .trace import PLAIN, AttributeCall, ForwardTrace, UntraceableError, trace_forward
+from .rewritable import why_not_rewritable
+from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
 
 _MISSING = object()
-# Changing a list or dict that the forward made itself is part of the graph.
-_BUILDERS = frozenset({"append", "extend", "insert", "update", "setdefault", "pop", "reverse"})
 
 
 class OwnForward:
@@ -45,6 +46,30 @@ class OwnForward:
         return type(self.owner).forward.__code__
 
 
+@dataclass(frozen=True)
+class Fused:
+    """An activation of the owner's, as a part or an attribute, that runs inside convolutions.
+
+    `args` and `kwargs` are what the calls of an attribute pass beside the input.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    spec: Activation
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether it is still that activation and nothing more."""
+        value: Any = owner
+        for name in self.path.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, nn.Module):
+            call = act.of_module(value) if not why_not_plain(value) else None
+        else:
+            call = act.of_function(value, self.args, dict(self.kwargs))
+        return call is not None and call.spec == self.spec
+
+
 class RewrittenForward(OwnForward):
     """Set as `forward` on an instance. Holds source text, so that it can be pickled."""
 
@@ -54,11 +79,15 @@ class RewrittenForward(OwnForward):
         sources: dict[bool, str],
         names: dict[str, str],
         reads: dict[str, Any],
+        fused: Iterable[Fused],
     ) -> None:
         self.owner = owner
         self.sources = sources
         self.names = names
         self.reads = reads
+        self.fused = list(dict.fromkeys(fused))
+        # A forward may ask whether it has a part.
+        self.parts = {name: module is None for name, module in owner._modules.items()}
         self.compiled: dict[bool, Callable[..., Any]] = {}
         self._compile()
 
@@ -80,10 +109,29 @@ class RewrittenForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        for name, value in self.reads.items():
-            if getattr(owner, name, _MISSING) != value:
-                return type(owner).forward(owner, *args, **kwargs)
-        return self.compiled[owner.training](owner, *args, **kwargs)
+        forward = self.compiled[owner.training] if self._holds() else type(owner).forward
+        return forward(owner, *args, **kwargs)
+
+    def _holds(self) -> bool:
+        owner = self.owner
+        return (
+            all(_same(getattr(owner, name, _MISSING), value) for name, value in self.reads.items())
+            and all(
+                (owner._modules.get(name) is None) == missing
+                for name, missing in self.parts.items()
+            )
+            and all(fused.holds(owner) for fused in self.fused)
+        )
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Whether they are equal and of the same type."""
+    if type(value) is not type(known):
+        return False
+    try:
+        return bool(value == known)
+    except (RuntimeError, ValueError):  # tensors in a list
+        return False
 
 
 def rewrite(pairs: list[Pair]) -> RewrittenForward:
@@ -111,118 +159,17 @@ def rewrite(pairs: list[Pair]) -> RewrittenForward:
             )
         reads.update(trace.reads)
         sources[training] = _source(trace, [p for p in pairs if p.trace is trace], names)
-    return RewrittenForward(owner, sources, names, reads)
+    fused = (_fused(pair) for pair in pairs if pair.key is not None)
+    return RewrittenForward(owner, sources, names, reads, fused)
 
 
-def why_not_rewritable(trace: ForwardTrace) -> str:
-    """Why the graph may not do what the forward does in every run; empty if it does."""
-    if hasattr(type(trace.owner).forward, "__wrapped__"):
-        return "its forward is decorated"
-    if trace.constants:
-        return "it makes tensors that a graph would freeze"
-    if trace.stashed:
-        return f"it stores a value in self.{next(iter(trace.stashed.values()))}"
-    if trace.opaque_reads:
-        return f"it reads self.{min(trace.opaque_reads)}, whose content may change"
-    if any(site.modes != trace.modes for site in trace.sites.values()):
-        return "it changes the grad or autocast mode"
-    codes = {inspect.unwrap(type(trace.owner).forward).__code__}
-    codes |= {code for site in trace.sites.values() for code, _ in site.frames}
-    for code in sorted(codes, key=lambda code: code.co_firstlineno):
-        view = None if code.co_name.startswith("<") else view_of(code)
-        if view is None:
-            if has_branches(code):
-                return f"{code.co_name}() branches and its source cannot be read"
-            continue
-        reason = _why_not_plain_code(view) or _unguarded_read(view, trace.owner)
-        if reason:
-            return f"{code.co_name}() {reason}"
-    return ""
-
-
-def _why_not_plain_code(view: FunctionView) -> str:
-    self_name = view.node.args.args[0].arg if view.node.args.args else ""
-    made = {
-        node.id
-        for node in ast.walk(view.node)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    for node in (inner for statement in view.node.body for inner in ast.walk(statement)):
-        tests: list[ast.expr] = []
-        if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
-            tests = [node.test]
-        elif isinstance(node, ast.BoolOp):
-            tests = list(node.values[:-1])
-        elif isinstance(node, ast.comprehension):
-            tests = node.ifs
-        for test in tests:
-            if not _reads_only_self(test, self_name):
-                return f"branches on {ast.unparse(test)}"
-        if isinstance(
-            node,
-            (
-                ast.With,
-                ast.Try,
-                ast.Match,
-                ast.Global,
-                ast.Nonlocal,
-                ast.Yield,
-                ast.Await,
-                ast.Raise,
-            ),
-        ):
-            return f"has a {type(node).__name__.lower()} statement"
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)):
-            targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [node.target]
-            if any(
-                isinstance(part, ast.Attribute) for target in targets for part in ast.walk(target)
-            ):
-                return f"sets {ast.unparse(targets[0])}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            function = node.value.func
-            if not (
-                isinstance(function, ast.Attribute)
-                and function.attr in _BUILDERS
-                and _root_name(function.value) in made
-            ):
-                return f"calls {ast.unparse(function)}() for its effect"
-    return ""
-
-
-def _root_name(node: ast.expr) -> str:
-    """The variable that `x`, `x[...]` and `x[...][...]` begin with; empty for anything else."""
-    while isinstance(node, ast.Subscript):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _unguarded_read(view: FunctionView, owner: nn.Module) -> str:
-    """Plain data that a graph freezes and no call compares: of a child, or a variable global."""
-    for mention in view.mentions:
-        child = owner._modules.get(mention.chain[0]) if len(mention.chain) > 1 else None
-        if child is None or mention.chain[1] not in vars(child):
-            continue
-        if isinstance(vars(child)[mention.chain[1]], PLAIN):
-            return f"reads self.{'.'.join(mention.chain)}"
-    scope = getattr(inspect.unwrap(type(owner).forward), "__globals__", {})
-    for node in ast.walk(view.node):
-        if not isinstance(node, ast.Name) or node.id.isupper() or node.id.startswith("__"):
-            continue
-        if isinstance(node.ctx, ast.Load) and isinstance(scope.get(node.id), (bool, int, float)):
-            return f"reads the global {node.id}"
-    return ""
-
-
-def _reads_only_self(test: ast.expr, self_name: str) -> bool:
-    """Whether a condition reads only constants and what is compared at each call."""
-    for node in ast.walk(test):
-        if isinstance(node, ast.Name) and node.id != self_name:
-            return False
-        if isinstance(node, (ast.Call, ast.Subscript, ast.NamedExpr, ast.Lambda)):
-            return False
-        if isinstance(node, ast.Attribute) and not isinstance(node.value, ast.Name):
-            return False
-    return True
+def _fused(pair: Pair) -> Fused:
+    assert pair.call.spec is not None
+    node = pair.act_node
+    if isinstance(node.target, AttributeCall):
+        others = node.args[1:], tuple(node.kwargs.items())
+        return Fused(node.target.attribute, *others, pair.call.spec)
+    return Fused(str(node.target), (), (), pair.call.spec)
 
 
 def _source(trace: ForwardTrace, pairs: list[Pair], names: dict[str, str]) -> str:

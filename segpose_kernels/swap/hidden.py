@@ -84,6 +84,7 @@ def _executed_regions(traces: list[ForwardTrace]) -> set[tuple[CodeType, Path]]:
         # A forward that makes no node (an empty one) has still run.
         forward = inspect.unwrap(type(trace.owner).forward)
         executed.add((forward.__code__, ()))
+        executed.update((code, ()) for code in trace.entered or ())
         for site in trace.sites.values():
             for code, line in site.frames:
                 view = view_of(code)
@@ -123,7 +124,7 @@ def _note(
     """
     target = owner
     for attribute in mention.chain:
-        value = _lookup(target, attribute)
+        value = lookup(target, attribute)
         if isinstance(value, nn.Module):
             target = value
             continue
@@ -152,7 +153,7 @@ def _expose(module: nn.Module, where: str, found: dict[Key, str]) -> None:
                 found.setdefault(attribute_key(part, attribute), f"{where} may call it")
 
 
-def _lookup(target: nn.Module, attribute: str) -> Any:
+def lookup(target: nn.Module, attribute: str) -> Any:
     """A child, an instance attribute or what the class has, without running a property."""
     if attribute in target._modules:
         return target._modules[attribute]

@@ -95,7 +95,7 @@ class LineForward(OwnForward):
 def line_forward(owner: nn.Module, *, keeps_format: bool) -> LineForward | None:
     """A forward for a module that is a line of convolutions, None for others."""
     leaves = [module for module in owner.modules() if not module._modules]
-    if not all(type(module) in _IN_LINES for module in leaves):
+    if len(leaves) < 2 or not all(type(module) in _IN_LINES for module in leaves):
         return None
     forward = LineForward(owner, vars(owner).get("forward"), keeps_format=keeps_format)
     return forward if forward.find() else None

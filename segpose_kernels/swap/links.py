@@ -13,10 +13,10 @@ from types import CodeType
 
 from torch import fx
 
-from .source import FunctionView, Path, has_branches, view_of
+from .source import FunctionView, Path, has_branches, view_of, view_self
 from .trace import ForwardTrace
 
-_LOOP_HELPERS = frozenset({"zip", "enumerate", "reversed", "list", "tuple", "len", "range"})
+LOOP_HELPERS = frozenset({"zip", "enumerate", "reversed", "list", "tuple", "len", "range"})
 
 
 def why_not_straight(trace: ForwardTrace, producer: fx.Node, consumer: fx.Node) -> str:
@@ -131,7 +131,7 @@ def _check_loop(view: FunctionView, path: Path) -> str:
     if not loops:
         return "convolution and activation run in an order that the source does not show"
     iterable = view.loops[max(loops, key=len)]
-    allowed = {*_LOOP_HELPERS, view_self(view)}
+    allowed = {*LOOP_HELPERS, view_self(view)}
     names = {node.id for node in ast.walk(iterable) if isinstance(node, ast.Name)}
     # range(n) with n from anywhere else could stop between a convolution and its activation.
     counts = any(
@@ -174,9 +174,3 @@ def _assigned(statement: ast.stmt) -> set[str]:
     elif isinstance(statement, ast.Return) and statement.value is not None:
         return {node.id for node in ast.walk(statement.value) if isinstance(node, ast.Name)}
     return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
-def view_self(view: FunctionView) -> str:
-    """The name of a method's first argument."""
-    arguments = [*view.node.args.posonlyargs, *view.node.args.args]
-    return arguments[0].arg if arguments else ""

@@ -30,7 +30,9 @@ def report_rows(analysis: Analysis, refusals: dict[int, str], backend: str) -> l
     ]
     left: dict[SwapRow, None] = {}
     for pair in analysis.pairs:
-        if _is_fused(analysis, pair) or analysis.convs[id(pair.conv)].left_alone:
+        if pair.trace.tried or _is_fused(analysis, pair):
+            continue
+        if analysis.convs[id(pair.conv)].left_alone:
             continue
         left[_activation_row(analysis, pair, refusals)] = None
     rows += list(left)

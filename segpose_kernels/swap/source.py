@@ -93,6 +93,12 @@ def view_of(code: CodeType) -> FunctionView | None:
     return None
 
 
+def view_self(view: FunctionView) -> str:
+    """The name of a method's first argument."""
+    arguments = [*view.node.args.posonlyargs, *view.node.args.args]
+    return arguments[0].arg if arguments else ""
+
+
 def has_branches(code: CodeType) -> bool:
     """Whether the bytecode has a conditional jump other than a loop's."""
     return any("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code))
@@ -117,6 +123,21 @@ def methods_of(owner: nn.Module) -> Iterator[FunctionType]:
                     yield inspect.unwrap(function)
 
 
+def _may_leave(statement: ast.AST, *, in_loop: bool = False) -> bool:
+    """Whether a statement that has others inside may end the block that it is in."""
+    in_loop = in_loop or isinstance(statement, (ast.For, ast.While))
+    for part in ast.iter_child_nodes(statement):
+        if isinstance(part, (ast.FunctionDef, ast.Lambda, ast.expr)):
+            continue
+        if isinstance(part, ast.Return):
+            return True
+        if isinstance(part, (ast.Break, ast.Continue)) and not in_loop:
+            return True
+        if _may_leave(part, in_loop=in_loop):
+            return True
+    return False
+
+
 class _Reader(ast.NodeVisitor):
     """Fills a FunctionView."""
 
@@ -131,9 +152,13 @@ class _Reader(ast.NodeVisitor):
         self.block(node.body)
 
     def block(self, body: list[ast.stmt]) -> None:
-        for statement in body:
+        for place, statement in enumerate(body, 1):
             self.view.statements.append((statement, self.path))
             self.visit(statement)
+            if _may_leave(statement):
+                # What follows runs under a condition too.
+                self.region(body[place:])
+                return
 
     def region(
         self, body: list[Any], rebinds: set[str] | None = None, *, expression: bool = False

@@ -7,7 +7,9 @@ copy, so that a forward which writes attributes leaves no trace of its own in th
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import operator
 import os
 import random
@@ -71,8 +73,11 @@ class ForwardTrace:
         stashed: nodes that the forward stored on the module, with the attribute.
         reads: plain-data attributes of the module that the forward read, with their values.
         opaque_reads: other objects it read, whose content the trace may depend on.
-        entered: code of functions that ran, those of torch, of this package and of Python left out;
-            None where another profiler watched, which keeps its place.
+        draws: whether it drew random numbers, which do not depend on its input.
+        entered: code of functions that ran, with their globals, those of torch, of this package and
+            of Python left out; None where another profiler watched, which keeps its place.
+        handed: those of them that were given a module.
+        tried: the attribute that had another value than in the model; empty for the model as it is.
     """
 
     owner: nn.Module
@@ -86,7 +91,10 @@ class ForwardTrace:
     reads: dict[str, Any] = field(default_factory=dict)
     opaque_reads: set[str] = field(default_factory=set)
     constants: bool = False
-    entered: frozenset[CodeType] | None = None
+    draws: bool = False
+    entered: dict[CodeType, dict[str, Any]] | None = None
+    handed: frozenset[CodeType] = frozenset()
+    tried: str = ""
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module a `call_module` node calls, else None."""
@@ -97,8 +105,16 @@ class UntraceableError(Exception):
     """The forward cannot be written as a graph; the message says why."""
 
 
-def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) -> ForwardTrace:
-    """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input.
+def trace_forward(
+    owner: nn.Module,
+    name: str,
+    training: bool,
+    *,
+    seed: int = 0,
+    given: dict[str, Any] | None = None,
+) -> ForwardTrace:
+    """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input, and
+    the attributes in `given` have other values than in the module.
 
     Raises:
         UntraceableError: with the first line of what went wrong.
@@ -106,9 +122,11 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     reads: dict[str, Any] = {}
     opaque: set[str] = set()
     clone, recorded = _recording_copy(owner, training, reads, opaque)
+    vars(clone).update(given or {})
     tracer = _OneLevelTracer()
     before = set(vars(clone))
-    entered: set[CodeType] = set()
+    entered: dict[CodeType, dict[str, Any]] = {}
+    handed: set[CodeType] = set()
 
     def enter(frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
@@ -117,8 +135,11 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
         name = str(frame.f_globals.get("__name__", ""))
         home = name.partition(".")[0]
         known = home in sys.stdlib_module_names or home == "torch" or name == __name__
-        if not known and not home.startswith("namedtuple_"):
-            entered.add(frame.f_code)
+        if known or home.startswith("namedtuple_"):
+            return
+        entered[frame.f_code] = frame.f_globals
+        if any(map(_holds_module, frame.f_locals.values())):
+            handed.add(frame.f_code)
 
     watched = sys.getprofile() is not None
     # What other packages do whenever garbage is collected is not the forward's doing.
@@ -128,6 +149,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
+        numpy_state = _numpy_state()
         try:
             start = _modes()
             gc.disable()
@@ -143,6 +165,7 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
             if collecting:
                 gc.enable()
             recorded.clear()
+            draws = _have_drawn(seed, numpy_state)
             random.setstate(python_state)
     trace = ForwardTrace(
         owner, name, training, graph, tracer.sites, tracer.called, start, {}, reads, opaque
@@ -150,11 +173,54 @@ def trace_forward(owner: nn.Module, name: str, training: bool, seed: int = 0) ->
     trace.constants = any(key not in before and "constant" in key for key in vars(clone)) or any(
         node.op == "get_attr" and "_constant" in str(node.target) for node in graph.nodes
     )
-    trace.entered = None if watched else frozenset(entered)
+    trace.draws = draws
+    trace.entered, trace.handed = None if watched else entered, frozenset(handed)
+    trace.tried = ", ".join(given or {})
     for attribute, value in vars(clone).items():
-        for proxy in _proxies(value):
+        parts = vars(value) if _is_users_object(value) else value
+        for proxy in _proxies(parts):
             trace.stashed[proxy.node] = attribute
     return trace
+
+
+def _have_drawn(seed: int, numpy_state: Any) -> bool:
+    """Whether numbers were drawn since the generators were seeded."""
+    own = torch.Generator()
+    own.manual_seed(seed)
+    python = random.getstate()
+    random.seed(seed)
+    return (
+        python != random.getstate()
+        or not torch.equal(own.get_state(), torch.default_generator.get_state())
+        or numpy_state != _numpy_state()
+    )
+
+
+def _numpy_state() -> Any:
+    """NumPy's makes many numbers at a time and counts those that it has given."""
+    numpy = sys.modules.get("numpy")
+    return numpy.random.get_state()[2] if numpy is not None else None
+
+
+def _holds_module(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, nn.Module):
+        return True
+    if depth and type(value) in (list, tuple, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return any(_holds_module(item, depth - 1) for item in list(items))
+    return False
+
+
+def _is_users_object(value: Any) -> bool:
+    """Whether it is a plain object with attributes, of a class written in Python."""
+    kind = type(value)
+    return (
+        kind.__module__.partition(".")[0] not in ("torch", "builtins", __name__.partition(".")[0])
+        and inspect.getattr_static(kind, "__reduce_ex__") is vars(object)["__reduce_ex__"]
+        and not isinstance(value, (type, nn.Module, torch.Tensor, fx.Proxy))
+        and not hasattr(kind, "__slots__")
+        and isinstance(getattr(value, "__dict__", None), dict)
+    )
 
 
 class _InplaceProxy(fx.Proxy):
@@ -281,6 +347,9 @@ def _recording_copy(
             value = value.copy()
         elif is_activation_function(value):
             value = AttributeCall(key, value)
+        elif _is_users_object(value):
+            # A forward may put values into it.
+            value = copy.copy(value)
         state[key] = value
     state["training"] = training
     state.pop("forward", None)
@@ -294,7 +363,10 @@ def _note(
         reads.setdefault(attribute, value)
     elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
         reads.setdefault(attribute, value.copy() if isinstance(value, list) else value)
-    elif on_instance and not isinstance(value, (AttributeCall, AbsorbedCall, nn.Module, fx.Proxy)):
+    elif isinstance(value, (AttributeCall, AbsorbedCall, nn.Module, fx.Proxy)):
+        return
+    # Of a class, tables and objects; its methods and properties are code.
+    elif on_instance or isinstance(value, (tuple, list, dict, set)) or _is_users_object(value):
         opaque.add(attribute)
 
 

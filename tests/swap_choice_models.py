@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models in which something other than the input chooses the layers that run.
+
+Each has as `others` what may be set afterwards: attributes with values, dots reach into parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def convolutions(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(count))
+
+
+class Model(nn.Module):
+    others: ClassVar[list[tuple[str, Any]]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = convolutions(3)
+        self.last = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU()
+
+
+class ByIndex(Model):
+    """A head for each task, chosen by a number."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", 1), ("task", 2), ("task", -1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.relu(self.convs[self.task](x)))
+
+
+class ByKey(Model):
+    """A head for each task, chosen by a name; some have an activation behind them."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", "depth"), ("task", "edges")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("normals", "depth", "edges")
+        self.heads = nn.ModuleDict(dict(zip(names, self.convs, strict=True)))
+        self.acts = nn.ModuleDict({"normals": self.relu, "depth": nn.Identity()})
+        self.acts["edges"] = nn.LeakyReLU(0.2)
+        self.task = "normals"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.acts[self.task](self.heads[self.task](x))
+
+
+class ByDepth(Model):
+    """Layers up to a depth, and an activation behind the last of them."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("depth", 1), ("depth", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in range(self.depth):
+            x = self.convs[index](x)
+        return self.relu(x)
+
+
+class BySlice(ByDepth):
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs[: self.depth]:
+            x = conv(x)
+        return self.relu(x)
+
+
+class ByName(ByDepth):
+    others: ClassVar[list[tuple[str, Any]]] = [("name", "last"), ("name", "second")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.name = "first"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(getattr(self, self.name)(x))
+
+
+class ByOrder(Model):
+    """An order of layers, changed as a whole or in place."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [
+        ("order", [1, 0, 2]),
+        ("order", [0, 2]),
+        ("order", []),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.convs[0], self.relu, self.convs[1]])
+        self.order = [0, 1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.layers[index](x)
+        return x
+
+
+class ByAlias(ByIndex):
+    """The number passes through a local name and a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = _same(self.task)
+        convs = list(self.convs)
+        return self.last(self.relu(convs[number](x)))
+
+
+def _same(number: int) -> int:
+    return number
+
+
+class ByHelper(Model):
+    """A function outside the class chooses."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("early", True)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(_choose(self, self.early)(x))
+
+
+def _choose(model: Model, early: bool) -> nn.Module:
+    return model.convs[0] if early else model.convs[1]
+
+
+class ByPart(Model):
+    """A part of the model holds the number."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("relu.task", 1), ("relu.task", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.relu.task](x))
+
+
+class ByConfig(Model):
+    """An object of the user's holds the number."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.task", 1), ("config.task", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(task=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.config.task](x))
+
+
+class ByConfigOrder(ByOrder):
+    others: ClassVar[list[tuple[str, Any]]] = [
+        ("config.order", [1, 0, 2]),
+        ("config.order", [0, 2]),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(order=[0, 1, 2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.config.order:
+            x = self.layers[index](x)
+        return x
+
+
+class LeavesEarly(Model):
+    """What follows a return under a condition may run or not."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.early", False)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(early=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.convs[0](x))
+        for conv in self.convs:
+            if self.config.early:
+                break
+            x = conv(x)
+        if self.config.early:
+            return x
+        return self.relu(self.convs[1](x))
+
+
+class ByTable(Model):
+    """A table of the class holds the number."""
+
+    table: ClassVar[dict[str, int]] = {"task": 0}
+    others: ClassVar[list[tuple[str, Any]]] = [("table", {"task": 1}), ("table", {"task": 2})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.table["task"]](x))
+
+
+class InParts(Model):
+    """The parts of a block are called from outside, of the block that a number chooses."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", 1), ("task", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.blocks[self.task]
+        return block(block.conv(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x))
+
+
+class ArgumentAsNumber(Model):
+    """What it computes from an argument outside of a condition."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = F.relu(self.convs[0](x)) * (1.0 + (skip is None))
+        return F.relu(self.convs[1](y))
+
+
+class ArgumentKind(Model):
+    def forward(self, x: Tensor, skip: Any = None) -> Tensor:
+        return F.relu(self.convs[0](x)) + float(isinstance(skip, Tensor))
+
+
+class ArgumentAttribute(Model):
+    def forward(self, x: Tensor, skip: Any = None) -> Tensor:
+        return F.relu(self.convs[0](x)) + float(hasattr(skip, "shape"))
+
+
+class ArgumentInHelper(Model):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return _weight(skip) * F.relu(self.convs[0](x))
+
+
+def _weight(skip: Tensor | None) -> float:
+    return {True: 2.0, False: 3.0}[skip is None]
+
+
+class GradMode(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * (2.0 if torch.is_grad_enabled() else 3.0)
+
+
+class GradModeAsNumber(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * (1.0 + torch.is_grad_enabled())
+
+
+SCALE = {"value": 2.0}
+scale = 2.0
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return x * scale
+
+
+def _scaled_by_table(x: Tensor) -> Tensor:
+    return x * SCALE["value"]
+
+
+class GlobalBehindHelper(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return _scaled(F.relu(self.convs[0](x)))
+
+
+class TableBehindHelper(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return _scaled_by_table(F.relu(self.convs[0](x)))
+
+
+class PartsNumber(Model):
+    """A number of a part of a part."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("block.relu.scale", 3.0)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.block.relu.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.block.relu.scale
+
+
+class PartsNumberByName(PartsNumber):
+    """The part has a local name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.block.relu
+        return F.relu(self.convs[0](x)) * part.scale
+
+
+class ClassTable(Model):
+    table: ClassVar[dict[str, float]] = {"scale": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.table["scale"]
+
+
+class SharedLeaky(Model):
+    """One activation for all, so that the forward is rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + self.relu(self.convs[0](x)))
+
+
+class SharedFunction(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = functools.partial(F.leaky_relu, negative_slope=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.act(self.convs[0](x)))
+
+
+class BecomesTensor(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [
+        ("gain", torch.full((3, 1, 1), 0.5, dtype=torch.float64)),
+        ("gain", None),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.convs[0](x))
+        return y if self.gain is None else y * self.gain
+
+
+class KeepsInObject(Model):
+    """Puts the values before the activation into an object of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = SimpleNamespace(before=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        self.seen.before = y
+        return self.relu(y)
+
+
+class Backbone(nn.Module):
+    """As common libraries write them: layers by name, a norm by a property, chosen outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_name, self.out_indices, self.layer_names = "bn1", (1, 2), []
+        self.conv1, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True)
+        self.add_module(self.norm_name, nn.BatchNorm2d(8))
+        for index in range(3):
+            name = f"layer{index + 1}"
+            self.add_module(name, nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()))
+            self.layer_names.append(name)
+
+    @property
+    def norm(self) -> nn.Module:
+        return getattr(self, self.norm_name)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.relu(self.norm(self.conv1(x)))
+        results = []
+        for index, name in enumerate(self.layer_names):
+            x = getattr(self, name)(x)
+            if index in self.out_indices:
+                results.append(x)
+        return tuple(results)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What chooses the layers of a model, or a number in it, may change after `optimize`."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import swap_choice_models as zoo
+import torch
+import torch.nn.functional as F
+from swap_helpers import IMAGE, activations, assert_same
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segpose_kernels.swap import optimize
+
+CHOOSING = [
+    zoo.ByIndex,
+    zoo.ByKey,
+    zoo.ByDepth,
+    zoo.BySlice,
+    zoo.ByName,
+    zoo.ByOrder,
+    zoo.ByAlias,
+    zoo.ByHelper,
+    zoo.ByPart,
+    zoo.ByConfig,
+    zoo.ByConfigOrder,
+    zoo.LeavesEarly,
+    zoo.ByTable,
+    zoo.InParts,
+    zoo.PartsNumber,
+    zoo.PartsNumberByName,
+    zoo.BecomesTensor,
+]
+
+
+def image() -> Tensor:
+    return torch.randn(IMAGE, dtype=torch.float64)
+
+
+def put(model: nn.Module, path: str, value: Any) -> None:
+    *parts, name = path.split(".")
+    owner: Any = model
+    for part in parts:
+        owner = getattr(owner, part)
+    setattr(owner, name, value)
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("build", CHOOSING)
+def test_choice_changes_later(build: Callable[[], zoo.Model], mode: str) -> None:
+    x = image()
+    for path, value in build().others:
+        model = build().double().eval()
+        plain = copy.deepcopy(model)
+        optimize(model, mode=mode)
+        with torch.set_grad_enabled(mode == "train"):
+            torch.testing.assert_close(model(x), plain(x))
+            put(plain, path, value)
+            put(model, path, value)
+            torch.testing.assert_close(model(x), plain(x))
+        if mode == "train":
+            assert_same(plain, model, x)
+
+
+def test_every_head_is_fused() -> None:
+    """Heads that a number chooses take the activation, each of them, where all are known."""
+    report = optimize(zoo.ByIndex())[1]
+    assert {name: act for name, act in activations(report).items() if act != "none"} == {
+        "convs.0": "relu",
+        "convs.1": "relu",
+        "convs.2": "relu",
+    }
+
+
+def test_backbone_by_names() -> None:
+    """Names choose its layers, and it is fused all the same; other outputs may be chosen later."""
+    model = zoo.Backbone().double().eval()
+    plain = copy.deepcopy(model)
+    report = optimize(model, mode="inference")[1]
+    assert set(activations(report).values()) == {"relu"}
+    assert "one graph: 4 convolutions" in str(report)
+    assert "BatchNorm folded" in report["conv1"].reason
+    plain.out_indices = model.out_indices = (0, 2)
+    with torch.no_grad():
+        for found, expected in zip(model(image()), plain(image()), strict=True):
+            assert found.shape == expected.shape
+    x = image()
+    for change in ({}, {"layer_names": ["layer3"], "out_indices": (0,)}):
+        vars(plain).update(change)
+        vars(model).update(change)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x))
+
+
+class Drawn(zoo.Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.relu(random.choice(self.convs)(x)))
+
+
+def test_drawn_layers() -> None:
+    model = Drawn().double()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    x = image()
+    for seed in range(12):
+        results = []
+        for one in (plain, model):
+            random.seed(seed)
+            results.append(one(x))
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        zoo.ArgumentAsNumber,
+        zoo.ArgumentKind,
+        zoo.ArgumentAttribute,
+        zoo.ArgumentInHelper,
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_arguments_outside_of_conditions(build: Callable[[], zoo.Model], mode: str) -> None:
+    model = build().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    x = image()
+    with torch.set_grad_enabled(mode == "train"):
+        for arguments in ((x,), (x, x), (x, None)):
+            torch.testing.assert_close(model(*arguments), plain(*arguments))
+
+
+@pytest.mark.parametrize("build", [zoo.GradMode, zoo.GradModeAsNumber])
+def test_grad_mode_is_read(build: Callable[[], zoo.Model]) -> None:
+    model = build().double()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    x = image()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_globals_change_later(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = image()
+    for build in (zoo.GlobalBehindHelper, zoo.TableBehindHelper, zoo.ClassTable):
+        model = build().double().eval()
+        plain = copy.deepcopy(model)
+        optimize(model, mode=mode)
+        with torch.set_grad_enabled(mode == "train"), monkeypatch.context() as patch:
+            torch.testing.assert_close(model(x), plain(x))
+            patch.setattr(zoo, "scale", 5.0)
+            patch.setitem(zoo.SCALE, "value", 5.0)
+            patch.setitem(zoo.ClassTable.table, "scale", 5.0)
+            torch.testing.assert_close(model(x), plain(x))
+
+
+class Checkpointed(zoo.Model):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.convs[0](x))
+        return checkpoint(self.part, y, use_reentrant=False)
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[1](x))
+
+
+def test_checkpoint_stays() -> None:
+    """A forward that gives back memory goes on doing so: its part runs again in backward."""
+    model = Checkpointed()
+    optimize(model)
+    runs = []
+    model.convs[1].register_forward_pre_hook(lambda module, args: runs.append(1))
+    model(torch.randn(IMAGE)).sum().backward()
+    assert len(runs) == 2
+
+
+CHANGES: list[Callable[[nn.Module], object]] = [
+    lambda model: setattr(model.relu, "negative_slope", 0.5),
+    lambda model: setattr(model, "relu", nn.GELU()),
+    lambda model: setattr(model, "relu", nn.LeakyReLU(0.5)),
+    lambda model: model.relu.register_forward_hook(lambda module, args, output: output + 1),
+    lambda model: model.relu.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    lambda model: setattr(model.relu, "forward", torch.tanh),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_shared_activation_changes_later(change: Callable[[nn.Module], object], mode: str) -> None:
+    model = zoo.SharedLeaky().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    x = image()
+    with torch.set_grad_enabled(mode == "train"):
+        torch.testing.assert_close(model(x), plain(x))
+        change(model)
+        change(plain)
+        torch.testing.assert_close(model(x), plain(x))
+        torch.testing.assert_close(copy.deepcopy(model)(x), plain(x))
+
+
+def test_shared_function_changes_later() -> None:
+    model = zoo.SharedFunction().double()
+    plain = copy.deepcopy(model)
+    report = optimize(model)[1]
+    assert "rewritten forward" in report["convs.0"].reason
+    assert_same(plain, copy.deepcopy(model), image())
+    model.act = plain.act = torch.tanh
+    assert_same(plain, model, image())
+
+
+def test_value_kept_in_an_object() -> None:
+    """The trace leaves nothing in it, and it goes on getting the value before the activation."""
+    model = zoo.KeepsInObject()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    assert model.seen.before is None
+    x = torch.randn(IMAGE)
+    model(x)
+    plain(x)
+    torch.testing.assert_close(model.seen.before, plain.seen.before)
