@@ -9,6 +9,8 @@ chooses from elsewhere, such as an object of the user's, cannot be tried, and th
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import itertools
 from collections.abc import Iterator
 from types import CodeType
@@ -32,6 +34,8 @@ def explore(traces: list[ForwardTrace]) -> tuple[list[ForwardTrace], str]:
     """Traces that differ from those of the model as it is, and why there may be more."""
     found: list[ForwardTrace] = []
     shapes: list[Any] = []
+    if reason := next((reason for trace in traces if (reason := _why_not_tried(trace))), ""):
+        return [], reason
     for trace in traces:
         if _shape(trace) in shapes:  # training makes no difference
             continue
@@ -42,6 +46,15 @@ def explore(traces: list[ForwardTrace]) -> tuple[list[ForwardTrace], str]:
         if tries.left <= 0:
             return found, f"self.{', self.'.join(tries.choosing)} choose among too many layers"
     return found, next((reason for trace in traces if (reason := _why_unseen(trace))), "")
+
+
+def _why_not_tried(trace: ForwardTrace) -> str:
+    """A loop until something happens may never end with another value."""
+    for code in codes_of(trace):
+        view = view_of(code)
+        if view is not None and any(isinstance(node, ast.While) for node in ast.walk(view.node)):
+            return f"a while loop in {code.co_name}() decides what runs"
+    return ""
 
 
 class _Tries:
@@ -62,7 +75,8 @@ class _Tries:
         if self.left <= 0:
             return False
         try:
-            other = trace_forward(trace.owner, trace.name, trace.training, given=given)
+            with contextlib.redirect_stdout(io.StringIO()):  # a forward may print
+                other = trace_forward(trace.owner, trace.name, trace.training, given=given)
         except UntraceableError as error:
             return isinstance(error.__cause__, (LookupError, AttributeError))
         if _shape(other) == self.shape:
