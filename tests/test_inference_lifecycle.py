@@ -179,7 +179,7 @@ def test_many_shapes_keep_few_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
             for _ in range(2):
                 assert_same(model, plain, x, f"size {size}")
             assert sum(frame.blueprint.arena_bytes for frame in program._idle) <= 200_000
-    assert len(program._blueprints) == 8
+    assert len(program._blueprints) == 16
 
 
 def test_runs_bind_once() -> None:

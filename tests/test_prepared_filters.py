@@ -20,7 +20,7 @@ from segpose_kernels import precision, prepared_bytes
 from segpose_kernels.backends import LIBRARY
 from segpose_kernels.swap import filters, optimize, restore
 from segpose_kernels.swap.entries import entries
-from segpose_kernels.swap.filters import SHAPES_A_LAYER, Form
+from segpose_kernels.swap.filters import Form
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -211,7 +211,14 @@ def test_settings_choose_anew(pair: tuple[nn.Module, nn.Module]) -> None:
     assert_right(model, plain, x)
 
 
-def test_shapes_share_a_filter() -> None:
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many are kept."""
+    monkeypatch.setattr(filters, "SHAPES_A_LAYER", 8)
+    return 8
+
+
+def test_shapes_share_a_filter(few_shapes: int) -> None:
     """The memory does not grow with the number of shapes, and old shapes are forgotten."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval()
     plain = copy.deepcopy(model)
@@ -223,7 +230,7 @@ def test_shapes_share_a_filter() -> None:
         for size in range(13, 33):
             assert_right(model, plain, torch.randn(size % 3 + 1, 8, size, 12))
             assert prepared_bytes(model) == held
-        assert len(forms_of(model)) == SHAPES_A_LAYER
+        assert len(forms_of(model)) == few_shapes
     finally:
         torch.ops.segpose.set_algorithm("")
 
@@ -236,18 +243,18 @@ class _Pyramid(nn.Module):
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for size in range(1, SHAPES_A_LAYER + 2):
+        for size in range(1, 10):
             x = self.conv(x).relu()[:, :, : 16 - size]
         return x
 
 
-def test_more_shapes_in_a_model_than_are_kept() -> None:
+def test_more_shapes_in_a_model_than_are_kept(few_shapes: int) -> None:
     model = _Pyramid().eval()
     plain = copy.deepcopy(model)
     optimize(model, mode="inference")
     for _ in range(3):
         assert_right(model, plain, torch.randn(2, 3, 16, 9))
-    assert len(forms_of(model)) <= SHAPES_A_LAYER
+    assert len(forms_of(model)) <= few_shapes
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])

@@ -28,7 +28,7 @@ from .entries import entries
 from .unchanged import Unchanged
 
 # Input shapes of a layer that are kept; those with the same algorithm share one packed filter.
-SHAPES_A_LAYER = 8
+SHAPES_A_LAYER = 64
 
 Shape = tuple[int, ...]
 
@@ -123,6 +123,18 @@ class Form:
         )
 
 
+class _Held:
+    """The forms of one layer by shape, geometry and slope, the latest last. Never changed."""
+
+    def __init__(self, forms: dict[Any, Form]) -> None:
+        self.forms = forms
+        # Of the packed filters, which forms share.
+        self.bytes = sum({form.address: form.bytes for form in forms.values()}.values())
+
+
+_NOTHING = _Held({})
+
+
 class FilterCache:
     """The prepared convolutions of one model, at most `max_bytes` of packed filters.
 
@@ -133,9 +145,7 @@ class FilterCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._layers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Form]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._layers: weakref.WeakKeyDictionary[nn.Module, _Held] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[FilterCache], tuple[int]]:
         return FilterCache, (self.max_bytes,)
@@ -154,7 +164,7 @@ class FilterCache:
     def forms_of(self, layer: nn.Module) -> list[Form]:
         """What is held for a layer, one form for each input shape, the latest last."""
         with self._lock:
-            return list(self._layers.get(layer, {}).values())
+            return list(self._layers.get(layer, _NOTHING).forms.values())
 
     def form(
         self,
@@ -183,7 +193,7 @@ class FilterCache:
         self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, precision: str
     ) -> Form | None:
         """What is held for a layer as it is now. Takes no lock: tables are replaced as a whole."""
-        form = self._layers.get(layer, {}).get(key)
+        form = self._layers.get(layer, _NOTHING).forms.get(key)
         if (
             form is not None
             and form.matches(weight, bias, precision)
@@ -195,23 +205,27 @@ class FilterCache:
     def _prepare(
         self, layer: nn.Module, weight: Tensor, bias: Tensor | None, key: Any, precision: str
     ) -> Form:
-        held = self._layers.setdefault(layer, {})
-        # A new table: other threads read the old one without the lock.
-        forms = {
-            k: f
-            for k, f in held.items()
-            if k != key and f.matches(weight, bias, precision) and first_stale((f.handle,)) < 0
-        }
+        held = self._layers.get(layer, _NOTHING).forms
+        # When the latest form was added, those before it were as it is: it stands for them.
+        latest = next(reversed(held.values()), None)
+        current = (
+            latest is not None
+            and latest.matches(weight, bias, precision)
+            and first_stale((latest.handle,)) < 0
+        )
+        forms = {k: f for k, f in held.items() if k != key} if current else {}
         while len(forms) >= SHAPES_A_LAYER:
             del forms[next(iter(forms))]
-        self._layers[layer] = forms
-        del held
+        # What is left out goes before room is sought.
+        self._layers[layer] = _Held(forms)
+        del held, latest
         form = self._new_form(weight, bias, key, precision, forms)
         if form.bytes == 0 and any(other.bytes for other in forms.values()):
             # Other shapes of this layer hold the room that this one needs.
-            forms = self._layers[layer] = {}
+            forms = {}
+            self._layers[layer] = _NOTHING
             form = self._new_form(weight, bias, key, precision, forms)
-        self._layers[layer] = {**forms, key: form}
+        self._layers[layer] = _Held({**forms, key: form})
         return form
 
     def _new_form(
@@ -244,14 +258,13 @@ class FilterCache:
             label = "conv_transpose2d" if geometry.transposed else "conv2d"
             tuning.tune_prepared(label, shape, result, weight, geometry.params, lambda: prepare([]))
         with torch.no_grad():
-            handle = prepare([form.handle for form in forms.values()])
+            # One of each packed filter is enough to share it.
+            one_of_each = {form.address: form.handle for form in forms.values()}
+            handle = prepare(list(one_of_each.values()))
         return Form(handle, weight, bias, precision, shape, result)
 
     def _bytes(self) -> int:
-        places = {
-            form.address: form.bytes for forms in self._layers.values() for form in forms.values()
-        }
-        return sum(places.values())
+        return sum(held.bytes for held in self._layers.values())
 
 
 def output_shape(weight: Tensor, shape: Shape, geometry: Geometry) -> Shape:

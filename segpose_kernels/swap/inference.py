@@ -26,7 +26,7 @@ from .trace import PLAIN, UntraceableError
 from .unchanged import Unchanged
 
 # Kinds of input whose placement is remembered, and bytes of arenas that wait for the next run.
-SIGNATURES = 8
+SIGNATURES = 64
 IDLE_BYTES = 256 << 20
 
 Signature = tuple[Any, ...]
