@@ -37,6 +37,15 @@ class AbsorbedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return input
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "negative_slope":
+            raise AttributeError(
+                "segpose_kernels: negative_slope of an activation that runs inside convolutions "
+                f"changes nothing ({self.description}); set it on the convolutions, or call "
+                "segpose_kernels.restore(model) first"
+            )
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return self.description
 
