@@ -164,8 +164,7 @@ def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
     The tensors are buffers outside the state_dict: they follow `.to()` and are not saved. They are
     written again when a parameter or a statistic has changed.
     """
-    weight, bias = new._parameters["weight"], new._parameters["bias"]
-    assert weight is not None
+    weight, bias = _parameters_of(new)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     # Tensors of inference mode would have no version that tells when they change.
@@ -197,13 +196,26 @@ def _fold_versions(conv: Fused, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
     return *versions, fingerprint(tensors)
 
 
+def _parameters_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
+    table = conv._parameters
+    if _computes_parameters(conv):
+        return conv.weight, conv.bias
+    return table["weight"], table["bias"]  # type: ignore[return-value]
+
+
+def _computes_parameters(conv: Fused) -> bool:
+    """Whether a hook or a parametrization makes weight or bias from other tensors."""
+    return not ("weight" in conv._parameters and "bias" in conv._parameters)
+
+
 def tensors_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that a fused module computes with."""
     norm = vars(conv).get("folded_norm")
     if norm is None:
-        return conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[return-value]
-    if not torch.compiler.is_compiling() and vars(conv)["folded_versions"] != _fold_versions(
-        conv, norm
+        return _parameters_of(conv)
+    if not torch.compiler.is_compiling() and (
+        # The versions would be those of other tensors.
+        _computes_parameters(conv) or vars(conv)["folded_versions"] != _fold_versions(conv, norm)
     ):
         fold(conv, norm)
     return conv._buffers["folded_weight"], conv._buffers["folded_bias"]  # type: ignore[return-value]
