@@ -20,7 +20,14 @@ from .inference import install
 from .journal import Journal, journal_of, layers_of
 from .layout import why_not_channels_last
 from .lines import line_forward
-from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d, fold, fused_module
+from .pieces import (
+    AbsorbedActivation,
+    AbsorbedCall,
+    FoldedBatchNorm2d,
+    fold,
+    fused_module,
+    take_place,
+)
 from .report import SwapError, SwapReport
 from .rows import report_rows
 from .trace import UntraceableError
@@ -110,6 +117,7 @@ def optimize(
         TypeError: for something that is no plain module (a compiled or scripted one).
         ValueError: for an unknown option, or mode="inference" with a model in training mode.
         SwapError: with strict=True, when a candidate was left alone.
+        RuntimeError: for a model that was optimized with other arguments, as by `restore`.
     """
     options = _checked_options(model, mode, backend, memory_format, max_prepared_bytes)
     inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
@@ -154,8 +162,14 @@ def optimize(
 def restore(model: ModelT) -> ModelT:
     """Undo `optimize`: modules, attributes, forwards, hooks and memory formats are what they were.
 
-    Parameters keep their present values. A plain model is returned as it is. Under
+    Parameters keep their present values, and what was added to a fused module since (hooks,
+    parameters, buffers, children, attributes, a weight_norm by hooks) or changed in it (stride,
+    padding) is on the module that comes back. A plain model is returned as it is. Under
     DistributedDataParallel, which holds gradients in the weights' memory format, that one stays.
+
+    Raises:
+        RuntimeError: for what the plain modules could not take over, such as a parametrization of a
+            fused module; the model is then as it was, and the message says what to do.
     """
     _restore(model, model)
     return model
@@ -163,10 +177,12 @@ def restore(model: ModelT) -> ModelT:
 
 def _restore(model: nn.Module, outermost: nn.Module) -> None:
     keep_formats = isinstance(outermost, nn.parallel.DistributedDataParallel)
-    for module in list(model.modules()):
-        journal = journal_of(module)
-        if journal is not None:
-            journal.undo(keep_formats=keep_formats)
+    journals = [j for j in map(journal_of, model.modules()) if j is not None]
+    for journal in journals:
+        journal.check()
+    # A part that has its own was optimized after the whole.
+    for journal in reversed(journals):
+        journal.undo(keep_formats=keep_formats)
 
 
 def _checked_options(
@@ -259,9 +275,8 @@ def _apply(
         if isinstance(plan.batch_norm, nn.BatchNorm2d):
             fold(new, plan.batch_norm)
             passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)
-            # Shares the tables of parameters and statistics, so both follow a conversion or a
-            # loaded checkpoint.
-            vars(passing).update(vars(plan.batch_norm))
+            # Both follow a conversion or a loaded checkpoint.
+            take_place(passing, plan.batch_norm)
             _replace_everywhere(analysis, plan.batch_norm, passing, journal)
             journal.folds.append((new, passing))
         _replace_everywhere(analysis, plan.module, new, journal)
@@ -275,7 +290,7 @@ def _apply(
         if key[0] == "module":
             old = modules[key[1]]
             passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
-            passing_on.training = old.training
+            take_place(passing_on, old)
             _replace_everywhere(analysis, old, passing_on, journal)
         else:
             owner = owners[key[1]]
@@ -287,7 +302,7 @@ def _apply(
         for module in modules.values():
             if is_pool2x2(module) and not why_not_plain(module):
                 pool = MaxPool2x2()
-                pool.training = module.training
+                take_place(pool, module)
                 _replace_everywhere(analysis, module, pool, journal)
 
 

@@ -110,6 +110,37 @@ class InferenceConvTranspose2dAct(ConvTranspose2dAct):
 
 INFERENCE_TYPES = (InferenceConv2dAct, InferenceConvTranspose2dAct)
 
+# What every module has: its mode, and the tables of parameters, buffers, children and hooks.
+_STATE = frozenset(vars(nn.Module()))
+_FOLDED = ("folded_weight", "folded_bias")
+
+
+def take_place(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the tables of `old`, so that what is put into one is in both, and those of its
+    attributes for which it has none.
+    """
+    own = vars(new)
+    own.update({k: v for k, v in vars(old).items() if k in _STATE or k not in own})
+
+
+def own_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Those that a module of this file has for itself."""
+    if isinstance(module, FUSED_TYPES):
+        computing = ("activation", "negative_slope", "backend")
+        return *computing, "filters", "folded_norm", "folded_versions"
+    return ("description",) if isinstance(module, AbsorbedActivation) else ()
+
+
+def keep_folded(new: nn.Module, old: nn.Module) -> None:
+    """Leave the folded tensors to `new` alone, which then has a table of buffers for itself."""
+    buffers, unsaved = old._buffers, old._non_persistent_buffers_set
+    if vars(new).get("folded_norm") is None:
+        return
+    vars(new).update(_buffers=dict(buffers), _non_persistent_buffers_set=set(unsaved))
+    for name in _FOLDED:
+        buffers.pop(name, None)
+        unsaved.discard(name)
+
 
 def fused_module(
     conv: Conv,
@@ -121,9 +152,8 @@ def fused_module(
 ) -> Fused:
     """The fused twin of a plain convolution, sharing its very parameters.
 
-    The two share one table of parameters, so what replaces a Parameter in one
-    (`load_state_dict(assign=True)`, a conversion) replaces it in both. Raises ValueError for
-    geometry the fused constructor rejects.
+    The two share their tables, so what replaces a Parameter in one (`load_state_dict(assign=True)`,
+    a conversion) replaces it in both. Raises ValueError for geometry the fused constructor rejects.
     """
     options: dict[str, Any] = {
         "kernel_size": conv.kernel_size,
@@ -145,14 +175,10 @@ def fused_module(
         else (InferenceConvTranspose2dAct if inference else ConvTranspose2dAct)
     )
     new: Fused = twin(conv.in_channels, conv.out_channels, groups=conv.groups, **options)
-    new._parameters = conv._parameters
-    for name, value in vars(conv).items():
-        if name not in vars(new):
-            vars(new)[name] = value
+    take_place(new, conv)
     if isinstance(new, INFERENCE_TYPES):
         # Past nn.Module's own attributes: neither is a part of the model.
         vars(new).update(filters=filters, folded_norm=None)
-    new.training = conv.training
     return new
 
 
