@@ -213,6 +213,60 @@ def test_a_weight_that_a_hook_computes_stays(
     assert_same(model, plain)
 
 
+class Leaky(nn.Module):
+    """One activation behind two convolutions, a function behind the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(3, 3, 3) for _ in range(3))
+        self.act, self.call = nn.LeakyReLU(0.1), F.leaky_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv2(self.act(self.conv1(x))))
+        return self.call(self.conv3(x)) * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_changed_slope_reaches_the_activation(mode: str) -> None:
+    model = Leaky().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    model.conv1.negative_slope = model.conv2.negative_slope = plain.act.negative_slope = 0.3
+    model.conv1.backend = "aten"
+    assert_same(model, plain)
+    for net in (restore(copy.deepcopy(model)), restore(pickle.loads(pickle.dumps(model)))):
+        assert_same(net, plain)
+    optimize(model, memory_format="preserve_format")
+    assert_same(model, plain)
+    assert restore(model).act.negative_slope == 0.3
+    model.conv1.negative_slope = 0.5  # decides nothing
+    assert_same(restore(optimize(model)[0]), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("conv1", {"negative_slope": 0.3}),
+        ("conv2", {"activation": "relu"}),
+        ("conv3", {"negative_slope": 0.3}),
+        ("conv3", {"activation": "none"}),
+    ],
+)
+def test_an_activation_that_the_plain_model_could_not_have(
+    name: str, change: dict[str, Any]
+) -> None:
+    model = Leaky().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    fused = getattr(model, name)
+    before = {attribute: getattr(fused, attribute) for attribute in change}
+    vars(fused).update(change)
+    with pytest.raises(RuntimeError, match=f"{name} computes .* where optimize put leaky_relu"):
+        restore(model)
+    vars(fused).update(before)
+    assert_same(restore(model), plain)
+
+
 def parametrized(model: nn.Module) -> Callable[[], object]:
     parametrizations.weight_norm(model[2])
     return lambda: parametrize.remove_parametrizations(model[2], "weight")

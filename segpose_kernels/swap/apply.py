@@ -11,13 +11,13 @@ from torch import nn
 from ..backends import BACKENDS, LIBRARY
 from ..pooling import MaxPool2x2, is_pool2x2
 from .chains import ChainForward, holds_chain
-from .eligible import JOURNAL, why_not_plain
+from .eligible import JOURNAL, Fused, why_not_plain
 from .filters import FilterCache
 from .find import Analysis, ConvPlan, Pair, analyse
 from .forward import RewrittenForward, rewrite
 from .hidden import Key
 from .inference import install
-from .journal import Journal, journal_of, layers_of
+from .journal import Absorbed, Journal, journal_of, layers_of
 from .layout import why_not_channels_last
 from .lines import line_forward
 from .pieces import (
@@ -164,8 +164,9 @@ def restore(model: ModelT) -> ModelT:
 
     Parameters keep their present values, and what was added to a fused module since (hooks,
     parameters, buffers, children, attributes, a weight_norm by hooks) or changed in it (stride,
-    padding) is on the module that comes back. A plain model is returned as it is. Under
-    DistributedDataParallel, which holds gradients in the weights' memory format, that one stays.
+    padding) is on the module that comes back; a slope that was set on all the convolutions before
+    a LeakyReLU is on that one. A plain model is returned as it is. Under DistributedDataParallel,
+    which holds gradients in the weights' memory format, that one stays.
 
     Raises:
         RuntimeError: for what the plain modules could not take over, such as a parametrization of a
@@ -265,11 +266,12 @@ def _apply(
     backend: str,
     filters: FilterCache | None,
 ) -> None:
-    for plan in analysis.convs.values():
+    fused: dict[int, Fused] = {}
+    for identity, plan in analysis.convs.items():
         if plan.left_alone:
             continue
         inference = journal.report.mode == "inference"
-        new = fused_module(
+        new = fused[identity] = fused_module(
             plan.module, plan.activation, backend, inference=inference, filters=filters
         )
         if isinstance(plan.batch_norm, nn.BatchNorm2d):
@@ -287,8 +289,11 @@ def _apply(
     by_key = _absorbing(analysis)
     for key, plans in by_key.items():
         inside = ", ".join(plan.names[0] for plan in plans)
-        if key[0] == "module":
-            old = modules[key[1]]
+        old = modules.get(key[1]) if key[0] == "module" else None
+        leaky = old if isinstance(old, nn.LeakyReLU) else None
+        convs = [fused[id(plan.module)] for plan in plans]
+        journal.absorbed.append(Absorbed(leaky, convs, plans[0].activation.negative_slope))
+        if old is not None:
             passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
             take_place(passing_on, old)
             _replace_everywhere(analysis, old, passing_on, journal)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .eligible import JOURNAL, Fused
+from .activation import Activation
+from .eligible import FUSED_TYPES, JOURNAL, Fused
 from .forward import OwnForward
 from .layout import contiguous_outputs
 from .pieces import fold, keep_folded, own_attributes
@@ -69,6 +70,24 @@ class StandIn:
                 hook.module = weakref.ref(self.old)
 
 
+@dataclass(eq=False)
+class Absorbed:
+    """An activation inside convolutions, with its slope then. `module` is None for one that is not
+    a LeakyReLU module.
+    """
+
+    module: nn.LeakyReLU | None
+    convs: list[Fused]
+    slope: float
+
+    def new_slope(self) -> float | None:
+        """What all its convolutions agree on now; None where the module could not say it."""
+        agreed = {(conv.activation, conv.negative_slope) for conv in self.convs}
+        if self.module is None or len(agreed) > 1 or self.convs[0].activation != "leaky_relu":
+            return None
+        return self.convs[0].negative_slope
+
+
 @dataclass
 class Journal:
     """Every change, with what stood there before.
@@ -76,6 +95,7 @@ class Journal:
     Attributes:
         modules: (parent, attribute, old, new) for each replaced module.
         stand_ins: each new module of those, once.
+        absorbed: the activations that run inside convolutions now.
         attributes: (owner, attribute, old, new) for each replaced callable attribute.
         forwards: modules that got a forward of their own.
         formats: (module, parameter name, shape, strides) of each parameter whose memory format
@@ -91,6 +111,7 @@ class Journal:
     options: dict[str, Any]
     modules: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
     stand_ins: list[StandIn] = field(default_factory=list)
+    absorbed: list[Absorbed] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     forwards: list[nn.Module] = field(default_factory=list)
     formats: list[tuple[nn.Module, str, torch.Size, tuple[int, ...]]] = field(default_factory=list)
@@ -136,7 +157,7 @@ class Journal:
         found = {
             names.get(id(stand_in.new), attribute): obstacle
             for _, attribute, stand_in in self._places()
-            if (obstacle := stand_in.obstacle())
+            if (obstacle := stand_in.obstacle() or self._other_activation(stand_in))
         }
         if found:
             raise RuntimeError(
@@ -164,11 +185,31 @@ class Journal:
             parent._modules[attribute] = stand_in.old
         for stand_in in self.stand_ins:
             stand_in.hand_over()
+        for absorbed in self.absorbed:
+            slope = absorbed.new_slope()
+            if absorbed.module is not None and slope not in (None, absorbed.slope):
+                vars(absorbed.module)["negative_slope"] = slope
         self.unhook()
         loading = self.owner._load_state_dict_post_hooks
         for key in [key for key, hook in loading.items() if hook is refold]:
             del loading[key]
         vars(self.owner).pop(JOURNAL, None)
+
+    def _other_activation(self, stand_in: StandIn) -> str:
+        """Whether a convolution's activation became one that no module of the plain model takes."""
+        conv = stand_in.new
+        if not isinstance(conv, FUSED_TYPES):
+            return ""
+        before, now = map(_activation_of, (stand_in.attributes, vars(conv)))
+        if before == now:
+            return ""
+        slopes = [each.new_slope() for each in self.absorbed if conv in each.convs]
+        if slopes and None not in slopes:
+            return ""
+        return (
+            f"computes {now} where optimize put {before}: set its activation and negative_slope "
+            "back first, and change the plain model's activation afterwards"
+        )
 
     def _places(self) -> Iterator[tuple[nn.Module, str, StandIn]]:
         """Where the new modules are now: (parent, attribute, module)."""
@@ -194,6 +235,14 @@ class Journal:
         for key in [key for key, hook in hooks.items() if hook is contiguous_outputs]:
             del hooks[key]
             self.owner._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _activation_of(attributes: dict[str, Any]) -> Activation:
+    """That of a fused module; a slope that decides nothing is left out."""
+    name = attributes["activation"]
+    if name == "leaky_relu":
+        return Activation(name, attributes["negative_slope"])
+    return Activation(name)
 
 
 def _reorder(parameter: nn.Parameter, strides: tuple[int, ...]) -> None:
