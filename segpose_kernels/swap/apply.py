@@ -72,10 +72,11 @@ def optimize(
 
     The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and
     `torch.compile` work afterwards. Call `restore` before changing the model's structure, before
-    hooking a layer to see values before its activation, and before wrapping a model with a
-    rewritten forward in DataParallel. Code outside the model that calls an inner convolution gets
-    its activation too. A leaky ReLU that ends the model saves its output for backward, so the
-    caller must not change it in place.
+    hooking a layer to see values before its activation, and before copying the model shallowly, as
+    `copy.copy` and DataParallel do: a forward that was set on a module (a rewritten one, a chain, a
+    graph) belongs to that module and runs its layers, also when a shallow copy calls it. Code
+    outside the model that calls an inner convolution gets its activation too. A leaky ReLU that
+    ends the model saves its output for backward, so the caller must not change it in place.
 
     Args:
         model: any module; DataParallel and DistributedDataParallel are looked through.
