@@ -236,6 +236,13 @@ def test_report() -> None:
     assert optimize(nn.Sequential(nn.Linear(2, 2)))[1].rows == []
 
 
+def test_a_refused_mode_leaves_the_model_optimized() -> None:
+    model, report = optimize(zoo.PoseMachine())
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        optimize(model, mode="inference")
+    assert optimize(model)[1] is report
+
+
 def test_random_numbers_are_not_drawn() -> None:
     model = zoo.Functional()
     torch.manual_seed(1)

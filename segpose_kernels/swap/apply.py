@@ -129,12 +129,12 @@ def optimize(
             _restore(inner, model)
             raise SwapError(report)
         return model, journal.report
-    _restore(inner, model)
     if mode == "inference" and inner.training:
         raise ValueError(
             'segpose_kernels.optimize: mode="inference" needs a model in eval mode: '
             "call model.eval() first"
         )
+    _restore(inner, model)
     journal = Journal(inner, SwapReport(mode=mode, backend=backend), options)
     analysis = analyse(inner, mode)
     forwards, refusals = _rewritten_forwards(analysis, wrapped=isinstance(model, nn.DataParallel))
