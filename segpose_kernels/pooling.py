@@ -72,25 +72,29 @@ def _as_pixels(x: Tensor) -> Tensor:
     return y.copy_(x)
 
 
-def is_pool2x2(module: nn.Module) -> bool:
-    """Whether it is torch's own max-pooling over 2 x 2 pixels, without anything added."""
+_ZERO, _ONE, _TWO = (0, (0, 0)), (1, (1, 1)), (2, (2, 2))
 
-    def both(value: int | tuple[int, ...], wanted: int) -> bool:
-        return value in (wanted, (wanted, wanted))
 
+def _halves(pool: nn.MaxPool2d) -> bool:
+    """Whether it pools over 2 x 2 pixels as it is now: users may set its attributes."""
     return (
-        type(module) is nn.MaxPool2d
-        and both(module.kernel_size, 2)
-        and both(module.stride, 2)
-        and both(module.padding, 0)
-        and both(module.dilation, 1)
-        and not module.ceil_mode
-        and not module.return_indices
+        pool.kernel_size in _TWO
+        and pool.stride in _TWO
+        and pool.padding in _ZERO
+        and pool.dilation in _ONE
+        and not pool.ceil_mode
+        and not pool.return_indices
     )
 
 
+def is_pool2x2(module: nn.Module) -> bool:
+    """Whether it is torch's own max-pooling over 2 x 2 pixels, without anything added."""
+    return type(module) is nn.MaxPool2d and _halves(module)
+
+
 class MaxPool2x2(nn.MaxPool2d):
-    """`nn.MaxPool2d(2)` with the CPU kernels above; other tensors take torch's way.
+    """`nn.MaxPool2d(2)` with the CPU kernels above; other tensors take torch's way, and so do all
+    once its attributes ask for another pooling.
 
     The input is [N, C, H, W] or [C, H, W], the output [N, C, H // 2, W // 2]. As in torch the first
     of equal values gets the gradient, and NaN is larger than any number.
@@ -102,7 +106,8 @@ class MaxPool2x2(nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         h, w = input.shape[-2:]
         if (
-            not _has_kernels(input)
+            not _halves(self)
+            or not _has_kernels(input)
             or (input.shape[1] > 1 and input.stride(1) != 1)
             or min(h, w) < 2
         ):

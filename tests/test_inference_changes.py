@@ -25,6 +25,10 @@ pytestmark = [
 ]
 
 
+# What parametrizations.weight_norm calls a filter's length.
+_MAGNITUDE = "parametrizations.weight.original0"
+
+
 def image(*shape: int) -> Tensor:
     return torch.rand(shape or (1, 3, 12, 11))
 
@@ -127,6 +131,22 @@ class TestModulesThatDoMore:
             lambda: nn.Sequential(Conv2dAct(3, 8, 3), nn.Conv2d(8, 4, 3)),
             lambda model: parametrizations.weight_norm(model[0]),
         )
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+    @pytest.mark.parametrize("weight_norm", [parametrizations.weight_norm, nn.utils.weight_norm])
+    @pytest.mark.parametrize("make", [plain_layers, normed])
+    def test_a_weight_of_a_swapped_layer_that_is_computed(
+        self,
+        make: Callable[[], nn.Module],
+        weight_norm: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        def change(model: nn.Module) -> None:
+            weight_norm(model[0])
+            with torch.no_grad():
+                for name, parameter in model[0].named_parameters():
+                    parameter *= 3 if name in ("weight_g", _MAGNITUDE) else 1
+
+        follows(make, change)
 
     def test_a_hook_that_was_there_before(self) -> None:
         def make() -> nn.Module:

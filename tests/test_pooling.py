@@ -106,6 +106,45 @@ def test_optimize_replaces_and_restores() -> None:
     assert type(model.maxpool) is nn.MaxPool2d
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel_size": 3},
+        {"stride": (1, 2)},
+        {"stride": None, "kernel_size": (2, 3)},
+        {"padding": 1},
+        {"dilation": (2, 1)},
+        {"ceil_mode": True},
+        {"kernel_size": [2, 2], "stride": [2, 2]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_attributes_set_later_are_seen(mode: str, change: dict[str, object]) -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    )
+    plain.double().eval()
+    model, _ = optimize(copy.deepcopy(plain), mode=mode)
+    x = torch.randn(2, 3, 17, 17, dtype=torch.float64)
+    before = {name: getattr(plain[2], name) for name in change}
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            model(x), model(x)
+            for attributes in (change, before):
+                for net in (plain, model):
+                    vars(net[2]).update(attributes)
+                for _ in range(2):
+                    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_indices_asked_for_later() -> None:
+    model, _ = optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)))
+    model[1].return_indices = True
+    y, indices = model(torch.randn(2, 3, 9, 9))
+    assert y.shape == indices.shape == (2, 8, 3, 3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 11, 28, 28), (1, 16, 16, 16), (3, 33, 5, 7), (2, 1, 3, 3)])
 def test_contiguous_copies(shape: tuple[int, ...], dtype: torch.dtype) -> None:

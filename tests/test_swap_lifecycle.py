@@ -236,6 +236,13 @@ def test_report() -> None:
     assert optimize(nn.Sequential(nn.Linear(2, 2)))[1].rows == []
 
 
+def test_a_refused_mode_leaves_the_model_optimized() -> None:
+    model, report = optimize(zoo.PoseMachine())
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        optimize(model, mode="inference")
+    assert optimize(model)[1] is report
+
+
 def test_random_numbers_are_not_drawn() -> None:
     model = zoo.Functional()
     torch.manual_seed(1)
@@ -292,3 +299,14 @@ def test_a_rewritten_forward_sees_a_parametrization() -> None:
         nn.utils.parametrizations.weight_norm(net.c2)
     for _ in range(2):
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_slope_of_an_absorbed_activation_cannot_be_set() -> None:
+    model, _ = optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1)))
+    for net in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(AttributeError, match=r"inside 0\); set it on the convolution"):
+            net[1].negative_slope = 0.2
+        net[1].tag = "last"
+        assert net[1].tag == "last"
+        net[0].negative_slope = 0.2
+        assert net[0].negative_slope == 0.2

@@ -11,16 +11,23 @@ from torch import nn
 from ..backends import BACKENDS, LIBRARY
 from ..pooling import MaxPool2x2, is_pool2x2
 from .chains import ChainForward, holds_chain
-from .eligible import JOURNAL, why_not_plain
+from .eligible import JOURNAL, Fused, why_not_plain
 from .filters import FilterCache
 from .find import Analysis, ConvPlan, Pair, analyse
 from .forward import RewrittenForward, rewrite
 from .hidden import Key
 from .inference import install
-from .journal import Journal, journal_of, layers_of
+from .journal import Absorbed, Journal, journal_of, layers_of
 from .layout import why_not_channels_last
 from .lines import line_forward
-from .pieces import AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d, fold, fused_module
+from .pieces import (
+    AbsorbedActivation,
+    AbsorbedCall,
+    FoldedBatchNorm2d,
+    fold,
+    fused_module,
+    take_place,
+)
 from .report import SwapError, SwapReport
 from .rows import report_rows
 from .trace import UntraceableError
@@ -65,10 +72,11 @@ def optimize(
 
     The model keeps its class and identity. `model.train()`, `copy.deepcopy`, pickling and
     `torch.compile` work afterwards. Call `restore` before changing the model's structure, before
-    hooking a layer to see values before its activation, and before wrapping a model with a
-    rewritten forward in DataParallel. Code outside the model that calls an inner convolution gets
-    its activation too. A leaky ReLU that ends the model saves its output for backward, so the
-    caller must not change it in place.
+    hooking a layer to see values before its activation, and before copying the model shallowly, as
+    `copy.copy` and DataParallel do: a forward that was set on a module (a rewritten one, a chain, a
+    graph) belongs to that module and runs its layers, also when a shallow copy calls it. Code
+    outside the model that calls an inner convolution gets its activation too. A leaky ReLU that
+    ends the model saves its output for backward, so the caller must not change it in place.
 
     Args:
         model: any module; DataParallel and DistributedDataParallel are looked through.
@@ -110,6 +118,7 @@ def optimize(
         TypeError: for something that is no plain module (a compiled or scripted one).
         ValueError: for an unknown option, or mode="inference" with a model in training mode.
         SwapError: with strict=True, when a candidate was left alone.
+        RuntimeError: for a model that was optimized with other arguments, as by `restore`.
     """
     options = _checked_options(model, mode, backend, memory_format, max_prepared_bytes)
     inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
@@ -120,12 +129,12 @@ def optimize(
             _restore(inner, model)
             raise SwapError(report)
         return model, journal.report
-    _restore(inner, model)
     if mode == "inference" and inner.training:
         raise ValueError(
             'segpose_kernels.optimize: mode="inference" needs a model in eval mode: '
             "call model.eval() first"
         )
+    _restore(inner, model)
     journal = Journal(inner, SwapReport(mode=mode, backend=backend), options)
     analysis = analyse(inner, mode)
     forwards, refusals = _rewritten_forwards(analysis, wrapped=isinstance(model, nn.DataParallel))
@@ -154,8 +163,15 @@ def optimize(
 def restore(model: ModelT) -> ModelT:
     """Undo `optimize`: modules, attributes, forwards, hooks and memory formats are what they were.
 
-    Parameters keep their present values. A plain model is returned as it is. Under
-    DistributedDataParallel, which holds gradients in the weights' memory format, that one stays.
+    Parameters keep their present values, and what was added to a fused module since (hooks,
+    parameters, buffers, children, attributes, a weight_norm by hooks) or changed in it (stride,
+    padding) is on the module that comes back; a slope that was set on all the convolutions before
+    a LeakyReLU is on that one. A plain model is returned as it is. Under DistributedDataParallel,
+    which holds gradients in the weights' memory format, that one stays.
+
+    Raises:
+        RuntimeError: for what the plain modules could not take over, such as a parametrization of a
+            fused module; the model is then as it was, and the message says what to do.
     """
     _restore(model, model)
     return model
@@ -163,10 +179,12 @@ def restore(model: ModelT) -> ModelT:
 
 def _restore(model: nn.Module, outermost: nn.Module) -> None:
     keep_formats = isinstance(outermost, nn.parallel.DistributedDataParallel)
-    for module in list(model.modules()):
-        journal = journal_of(module)
-        if journal is not None:
-            journal.undo(keep_formats=keep_formats)
+    journals = [j for j in map(journal_of, model.modules()) if j is not None]
+    for journal in journals:
+        journal.check()
+    # A part that has its own was optimized after the whole.
+    for journal in reversed(journals):
+        journal.undo(keep_formats=keep_formats)
 
 
 def _checked_options(
@@ -249,19 +267,19 @@ def _apply(
     backend: str,
     filters: FilterCache | None,
 ) -> None:
-    for plan in analysis.convs.values():
+    fused: dict[int, Fused] = {}
+    for identity, plan in analysis.convs.items():
         if plan.left_alone:
             continue
         inference = journal.report.mode == "inference"
-        new = fused_module(
+        new = fused[identity] = fused_module(
             plan.module, plan.activation, backend, inference=inference, filters=filters
         )
         if isinstance(plan.batch_norm, nn.BatchNorm2d):
             fold(new, plan.batch_norm)
             passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)
-            # Shares the tables of parameters and statistics, so both follow a conversion or a
-            # loaded checkpoint.
-            vars(passing).update(vars(plan.batch_norm))
+            # Both follow a conversion or a loaded checkpoint.
+            take_place(passing, plan.batch_norm)
             _replace_everywhere(analysis, plan.batch_norm, passing, journal)
             journal.folds.append((new, passing))
         _replace_everywhere(analysis, plan.module, new, journal)
@@ -272,14 +290,13 @@ def _apply(
     by_key = _absorbing(analysis)
     for key, plans in by_key.items():
         inside = ", ".join(plan.names[0] for plan in plans)
-        if key[0] == "module":
-            old = modules[key[1]]
+        old = modules.get(key[1]) if key[0] == "module" else None
+        leaky = old if isinstance(old, nn.LeakyReLU) else None
+        convs = [fused[id(plan.module)] for plan in plans]
+        journal.absorbed.append(Absorbed(leaky, convs, plans[0].activation.negative_slope))
+        if old is not None:
             passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
-            # A forward may read what was set on it.
-            vars(passing_on).update(
-                (name, value) for name, value in vars(old).items() if name not in vars(passing_on)
-            )
-            passing_on.training = old.training
+            take_place(passing_on, old)
             _replace_everywhere(analysis, old, passing_on, journal)
         else:
             owner = owners[key[1]]
@@ -291,7 +308,7 @@ def _apply(
         for module in modules.values():
             if is_pool2x2(module) and not why_not_plain(module):
                 pool = MaxPool2x2()
-                pool.training = module.training
+                take_place(pool, module)
                 _replace_everywhere(analysis, module, pool, journal)
 
 

@@ -37,6 +37,15 @@ class AbsorbedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return input
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "negative_slope":
+            raise AttributeError(
+                "segpose_kernels: negative_slope of an activation that runs inside convolutions "
+                f"changes nothing ({self.description}); set it on the convolutions, or call "
+                "segpose_kernels.restore(model) first"
+            )
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return self.description
 
@@ -101,6 +110,37 @@ class InferenceConvTranspose2dAct(ConvTranspose2dAct):
 
 INFERENCE_TYPES = (InferenceConv2dAct, InferenceConvTranspose2dAct)
 
+# What every module has: its mode, and the tables of parameters, buffers, children and hooks.
+_STATE = frozenset(vars(nn.Module()))
+_FOLDED = ("folded_weight", "folded_bias")
+
+
+def take_place(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the tables of `old`, so that what is put into one is in both, and those of its
+    attributes for which it has none.
+    """
+    own = vars(new)
+    own.update({k: v for k, v in vars(old).items() if k in _STATE or k not in own})
+
+
+def own_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Those that a module of this file has for itself."""
+    if isinstance(module, FUSED_TYPES):
+        computing = ("activation", "negative_slope", "backend")
+        return *computing, "filters", "folded_norm", "folded_versions"
+    return ("description",) if isinstance(module, AbsorbedActivation) else ()
+
+
+def keep_folded(new: nn.Module, old: nn.Module) -> None:
+    """Leave the folded tensors to `new` alone, which then has a table of buffers for itself."""
+    buffers, unsaved = old._buffers, old._non_persistent_buffers_set
+    if vars(new).get("folded_norm") is None:
+        return
+    vars(new).update(_buffers=dict(buffers), _non_persistent_buffers_set=set(unsaved))
+    for name in _FOLDED:
+        buffers.pop(name, None)
+        unsaved.discard(name)
+
 
 def fused_module(
     conv: Conv,
@@ -112,9 +152,8 @@ def fused_module(
 ) -> Fused:
     """The fused twin of a plain convolution, sharing its very parameters.
 
-    The two share one table of parameters, so what replaces a Parameter in one
-    (`load_state_dict(assign=True)`, a conversion) replaces it in both. Raises ValueError for
-    geometry the fused constructor rejects.
+    The two share their tables, so what replaces a Parameter in one (`load_state_dict(assign=True)`,
+    a conversion) replaces it in both. Raises ValueError for geometry the fused constructor rejects.
     """
     options: dict[str, Any] = {
         "kernel_size": conv.kernel_size,
@@ -136,14 +175,10 @@ def fused_module(
         else (InferenceConvTranspose2dAct if inference else ConvTranspose2dAct)
     )
     new: Fused = twin(conv.in_channels, conv.out_channels, groups=conv.groups, **options)
-    new._parameters = conv._parameters
-    for name, value in vars(conv).items():
-        if name not in vars(new):
-            vars(new)[name] = value
+    take_place(new, conv)
     if isinstance(new, INFERENCE_TYPES):
         # Past nn.Module's own attributes: neither is a part of the model.
         vars(new).update(filters=filters, folded_norm=None)
-    new.training = conv.training
     return new
 
 
@@ -155,8 +190,7 @@ def fold(new: Fused, norm: nn.BatchNorm2d) -> None:
     The tensors are buffers outside the state_dict: they follow `.to()` and are not saved. They are
     written again when a parameter or a statistic has changed.
     """
-    weight, bias = new._parameters["weight"], new._parameters["bias"]
-    assert weight is not None
+    weight, bias = _parameters_of(new)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     # Tensors of inference mode would have no version that tells when they change.
@@ -188,13 +222,26 @@ def _fold_versions(conv: Fused, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
     return *versions, fingerprint(tensors)
 
 
+def _parameters_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
+    table = conv._parameters
+    if _computes_parameters(conv):
+        return conv.weight, conv.bias
+    return table["weight"], table["bias"]  # type: ignore[return-value]
+
+
+def _computes_parameters(conv: Fused) -> bool:
+    """Whether a hook or a parametrization makes weight or bias from other tensors."""
+    return not ("weight" in conv._parameters and "bias" in conv._parameters)
+
+
 def tensors_of(conv: Fused) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that a fused module computes with."""
     norm = vars(conv).get("folded_norm")
     if norm is None:
-        return conv._parameters["weight"], conv._parameters["bias"]  # type: ignore[return-value]
-    if not torch.compiler.is_compiling() and vars(conv)["folded_versions"] != _fold_versions(
-        conv, norm
+        return _parameters_of(conv)
+    if not torch.compiler.is_compiling() and (
+        # The versions would be those of other tensors.
+        _computes_parameters(conv) or vars(conv)["folded_versions"] != _fold_versions(conv, norm)
     ):
         fold(conv, norm)
     return conv._buffers["folded_weight"], conv._buffers["folded_bias"]  # type: ignore[return-value]
