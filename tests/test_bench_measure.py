@@ -174,6 +174,22 @@ def test_operations_of_a_model() -> None:
     assert model_flops("segnet", (64, 1, 28, 28)) == sum(layer.flops for layer in layers)
 
 
+@pytest.mark.parametrize("name", ["segpose", "eager", "eager-cl"])
+def test_sizes_take_turns(name: str) -> None:
+    """Call by call, each of another size and of about the same area; the check is of the first."""
+    case = small_case(replace(SMALL, h=16, w=12), sizes=5)
+    (chosen,) = (c for c in contenders_for("cpu") if c.name == name)
+    prepared = chosen.prepare(case, "cpu", 1)
+    torch.testing.assert_close(prepared.results(), right(case), rtol=1e-4, atol=1e-4)
+    shapes = [prepared.call().shape for _ in range(10)]
+    assert shapes[:5] == shapes[5:]
+    assert len(set(shapes)) == 5
+    assert shapes[0] == case.subject.grad_output.shape
+    assert all(abs(h * w / (16 * 12) - 1) <= 0.04 for h, w in subjects.sizes_like(16, 12, 5))
+    with pytest.raises(ValueError, match="3 x 3 has 2 sizes like it, not 3"):
+        subjects.sizes_like(3, 3, 4)
+
+
 AVAILABLE = [c for c in contenders_for("cpu") if c.name != "compile"]
 
 

@@ -47,6 +47,7 @@ class Case:
         note: what else a reader has to know, such as "1 image of 128".
         sweep: the quantity that a series of cases varies, and its value here.
         contenders: names of those that take part; empty for all.
+        sizes: how many sizes of input take turns, call by call; inference only.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     note: str = ""
     sweep: tuple[str, int] | None = None
     contenders: tuple[str, ...] = ()
+    sizes: int = 1
 
     @property
     def spec(self) -> ConvSpec | None:

@@ -266,6 +266,7 @@ def _scaling(report: _Report) -> list[Block]:
     plots = {
         "scaling-layer": ("upsampler", layer),
         "scaling-odd": ("odd", f"{layer}, in sizes that fill no vectors and tiles"),
+        "scaling-changing": ("changing", f"{layer}, another size of about that area in each call"),
         "scaling-models": ("", "Whole models"),
     }
     left = list(cases)

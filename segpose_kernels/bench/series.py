@@ -147,8 +147,8 @@ _UPSAMPLER = ConvSpec(
 
 def sweeps() -> Iterator[Case]:
     """A transposed convolution (k4 s2, 128 to 128 channels on 32x32, as in heatmap heads) against
-    batch, resolution and channels, and against sizes that fill no vectors and tiles; CPM2DPose
-    against resolution, SegNet against batch.
+    batch, resolution and channels, against sizes that fill no vectors and tiles, and with sizes
+    that change from call to call; CPM2DPose against resolution, SegNet against batch.
     """
     for n in (1, 2, 4, 8, 16, 32):
         yield _swept("batch", n, replace(_UPSAMPLER, n=n))
@@ -161,6 +161,11 @@ def sweeps() -> Iterator[Case]:
         yield _swept("resolution", extent, replace(odd, h=extent, w=extent))
     for channels in (3, 9, 17, 21, 37, 75, 149, 301):
         yield _swept("channels", channels, replace(odd, c_in=channels, c_out=channels))
+    changing = replace(_UPSAMPLER, name="changing")
+    for count in (1, 2, 4, 8, 16, 32, 64, 128):
+        # Runtimes that are made for one size of input have no part in it.
+        contenders = ("segpose", "eager", "eager-cl")
+        yield replace(_swept("sizes", count, changing), sizes=count, contenders=contenders)
     for extent in (64, 128, 192, 256, 384):
         yield _swept_model("cpm2dpose", "resolution", extent, (1, 3, extent, extent))
     for n in (1, 4, 16, 64, 256):

@@ -7,6 +7,7 @@ Every contender starts from the same three, so that an operator and a whole mode
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from ..models import CPM2DPose, SegNet
 from ..testing.spec import ConvSpec
 from ..training import initialise
 
-__all__ = ["Subject", "make_subject", "module_of", "results_of"]
+__all__ = ["Subject", "make_subject", "module_of", "results_of", "sizes_like"]
 
 SEGNET_CLASSES = 10
 
@@ -121,6 +122,24 @@ def _sign_unsure(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     # Winograd's sums differ from others by up to 1e-5 of their size.
     unsure = max(8 * torch.finfo(dtype).eps, 1e-4)
     return y.abs() < unsure * y.square().mean().sqrt()
+
+
+def sizes_like(height: int, width: int, count: int) -> list[tuple[int, int]]:
+    """So many heights and widths of about the same area, 4% more or less, that one itself first.
+
+    In no order, as images come. Raises ValueError where there are not enough.
+    """
+    area = height * width
+    sizes = [
+        (h, w)
+        for h in range(1, 4 * height)
+        for w in range(1, 4 * width)
+        if abs(h * w - area) <= 0.04 * area and (h, w) != (height, width)
+    ]
+    random.Random(0).shuffle(sizes)
+    if len(sizes) + 1 < count:
+        raise ValueError(f"{height} x {width} has {len(sizes)} sizes like it, not {count - 1}")
+    return [(height, width), *sizes[: count - 1]]
 
 
 def results_of(subject: Subject, *, training: bool, dtype: torch.dtype) -> dict[str, Tensor]:

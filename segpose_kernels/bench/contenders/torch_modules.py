@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ...backends import BACKENDS
 from ...swap import optimize
 from ..cases import Case
-from ..subjects import Subject
+from ..subjects import Subject, sizes_like
 from .base import Contender, Prepared, Unavailable
 
 __all__ = ["COMPILED", "EAGER", "OURS"]
@@ -50,11 +51,12 @@ def _prepared(
     x = subject.input
     if not case.training:
 
-        def forward() -> Tensor:
+        def forward(x: Tensor = x) -> Tensor:
             with torch.no_grad():
                 return run(x)
 
-        return Prepared(forward, lambda: {"output": forward()}, forward)
+        call = forward if case.sizes == 1 else _in_turn(forward, x, case.sizes)
+        return Prepared(call, lambda: {"output": forward()}, forward)
 
     x = x.requires_grad_(subject.input_grad)
     parameters = dict(subject.module.named_parameters())
@@ -82,6 +84,20 @@ def _prepared(
         return found
 
     return Prepared(step, results, accumulate)
+
+
+def _in_turn(run: Callable[[Tensor], Tensor], x: Tensor, count: int) -> Callable[[], Tensor]:
+    """Calls with inputs of so many sizes, one after the other; all have been seen before."""
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    inputs = [
+        torch.randn((*x.shape[:2], *size)).to(x, memory_format=memory_format)
+        for size in sizes_like(x.size(2), x.size(3), count)
+    ]
+    for _ in range(2):  # the second call of a size may prepare the next ones
+        for one in inputs:
+            run(one)
+    turns = itertools.cycle(inputs)
+    return lambda: run(next(turns))
 
 
 def _eager(case: Case, device: str, threads: int, *, channels_last: bool) -> Prepared:
