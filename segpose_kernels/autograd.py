@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import LIBRARY, NAMESPACE
 from .reference import activate
-from .shapes import conv_extents, conv_transpose_extents, empty_output
+from .shapes import conv_extents, conv_transpose_extents, empty_gradient, empty_output
 
 __all__ = ["NativeOp", "make_ops", "native_ops", "transforms_active"]
 
@@ -400,7 +400,7 @@ def _register_fakes(op: NativeOp) -> None:
         need_input, need_weight, need_bias = rest[-3:]
         return (
             empty_output(x, w, x.shape) if need_input else x.new_empty(0),
-            torch.empty_like(w) if need_weight else x.new_empty(0),
+            empty_gradient(w) if need_weight else x.new_empty(0),
             x.new_empty(grad.shape[1] if need_bias else 0),
         )
 
