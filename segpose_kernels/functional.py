@@ -233,6 +233,8 @@ def _call(
             name = fastest.choose(
                 operator.label, operator.runners, input, weight, bias, (*params, slope), name
             )
+    if weight.numel() == 0:
+        name = "aten"  # no input channels: torch's result has no channels then, whatever the bias
     run = operator.runner(name)
     if slope is None:
         y = F.leaky_relu(run(input, weight, bias, (*params, 1.0)), negative_slope)
