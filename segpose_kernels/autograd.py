@@ -7,10 +7,10 @@ Three ways lead into one operator, by what the call needs:
 - reverse mode: `_Fused`, an autograd Function without `setup_context`, the cheapest to enter;
 - func transforms, vmap and forward-mode AD: `_FusedTransformable`.
 
-While compiling, the operator is called plainly: its autograd formula is registered with it, and the
-forward and the backward operator each stay one node of the graph. Such a formula has no forward
-mode, and torch would take the tangent to be zero: `transforms_active` tells the caller to run
-another backend then.
+While compiling, the operator is called plainly: its derivatives are registered with it, and the
+forward and the backward operator each stay one node of the graph. Called plainly under a func
+transform or in forward mode, where a registered autograd Function is refused or its tangent taken
+to be zero, it is computed by aten.
 
 The backward operators take their mask from the saved *output*: with negative_slope > 0 its sign is
 that of the pre-activation, and relu's output is positive exactly where its gradient passes. Without
@@ -31,7 +31,8 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .backends import LIBRARY, NAMESPACE
-from .shapes import conv_extents, conv_transpose_extents, empty_output
+from .reference import activate
+from .shapes import conv_extents, conv_transpose_extents, empty_gradient, empty_output
 
 __all__ = ["NativeOp", "make_ops", "native_ops", "transforms_active"]
 
@@ -128,6 +129,33 @@ class NativeOp:
             x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
         )
         return y
+
+    def composed(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
+        """The operator on aten, which knows every derivative."""
+        slope = params[-1]
+        activation = "none" if slope == 1 else "relu" if slope == 0 else "leaky_relu"
+        return activate(self.convolution(x, w, b, params), activation, slope)
+
+    def composed_backward(
+        self, grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        """The backward operator on aten."""
+        params, needs = rest[:-3], rest[-3:]
+        g = self.geometry(params)
+        grads = torch.ops.aten.convolution_backward(
+            mask(grad, y, params[-1]),
+            x,
+            w,
+            [grad.shape[1]],
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.transposed,
+            g.output_padding,
+            g.groups,
+            needs,
+        )
+        return tuple(x.new_empty(0) if g is None else g for g in grads)
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
         """Output [N, C_out, P, Q] for input [N, C_in, H, W], differentiable in every mode."""
@@ -341,6 +369,12 @@ def _sum(terms: Sequence[Tensor | None], like: Tensor, shape: Sequence[int]) -> 
 
 # Registration --------------------------------------------------------------------------------
 
+# The devices that have kernels, and fakes. Each by itself: torch.library.custom_op has put a kernel
+# of its own behind the name of them all.
+_AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
+# What is registered lasts as long as these.
+_libraries: list[torch.library.Library] = []
+
 
 def _output_shape(op: NativeOp, x: Tensor, w: Tensor, params: Params) -> list[int]:
     g = op.geometry(params)
@@ -366,7 +400,7 @@ def _register_fakes(op: NativeOp) -> None:
         need_input, need_weight, need_bias = rest[-3:]
         return (
             empty_output(x, w, x.shape) if need_input else x.new_empty(0),
-            torch.empty_like(w) if need_weight else x.new_empty(0),
+            empty_gradient(w) if need_weight else x.new_empty(0),
             x.new_empty(grad.shape[1] if need_bias else 0),
         )
 
@@ -374,36 +408,44 @@ def _register_fakes(op: NativeOp) -> None:
     torch.library.register_fake(f"{op.qualified_name}_backward", backward)
 
 
-def _register_autograd(op: NativeOp) -> None:
-    """Formulas of the plain operators, which torch.compile and torch.export trace."""
+def _kernel(operator: Any, keys: Any, *inputs: Any) -> Any:
+    """The call goes on below autograd, as one call to whoever counts them."""
+    with _below_autograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, *params = inputs
-        ctx.save_for_backward(x, w, None if params[-1] == 1 else output)
-        ctx.params = tuple(params)
 
-    def forward_formula(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, w, y = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[:3])
-        grads = op.backward(grad, y, x, w, *ctx.params, *needs)
-        return *_needed(grads, needs), *(None for _ in ctx.params)
+def _register_autograd(op: NativeOp, library: Any) -> None:
+    """Derivatives of the plain operators, which torch.compile and torch.export trace.
 
-    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.call = _Call(op, tuple(inputs[4:-3]), tuple(inputs[-3:]))
+    Not by torch.library.register_autograd: its kernel drops the tangents of forward mode where
+    nothing requires a gradient, and func transforms refuse its Function.
+    """
 
-    def backward_formula(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        grad, y, x, w = ctx.saved_tensors
-        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        by_grad, by_input, by_weight = _double_backward(ctx.call, cotangents, grad, y, x, w, needs)
-        others = (None for _ in (*ctx.call.params, *ctx.call.needs))
-        return by_grad, None, by_input, by_weight, *others
+    def forward(keys: Any, x: Tensor, w: Tensor, b: Tensor | None, *params: Any) -> Tensor:
+        y: Tensor
+        if transforms_active():
+            y = op.composed(x, w, b, params)
+        elif torch.is_grad_enabled() and _any_requires_grad(x, w, b):
+            y = _Fused.apply(x, w, b, op, params)
+        else:
+            y = _kernel(op.forward, keys, x, w, b, *params)
+        return y
 
-    name = op.qualified_name
-    torch.library.register_autograd(name, forward_formula, setup_context=save_forward)
-    torch.library.register_autograd(
-        f"{name}_backward", backward_formula, setup_context=save_backward
-    )
+    def backward(
+        keys: Any, grad: Tensor, y: Tensor | None, x: Tensor, w: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...]
+        if transforms_active():
+            grads = op.composed_backward(grad, y, x, w, *rest)
+        elif torch.is_grad_enabled() and _any_requires_grad(grad, x, w):
+            grads = _FusedBackward.apply(grad, y, x, w, _Call(op, rest[:-3], rest[-3:]))
+        else:
+            grads = _kernel(op.backward, keys, grad, y, x, w, *rest)
+        return grads
+
+    for key in _AUTOGRAD_KEYS:
+        library.impl(op.name, forward, key, with_keyset=True)
+        library.impl(f"{op.name}_backward", backward, key, with_keyset=True)
 
 
 def make_ops(
@@ -419,9 +461,13 @@ def make_ops(
         )
         for label in ("conv2d", "conv_transpose2d")
     }
+    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
     for op in ops.values():
         _register_fakes(op)
-        _register_autograd(op)
+        # Not by `implementations`, which leave the checks to their caller.
+        plain = NativeOp(op.label, transposed=op.transposed, namespace=namespace)
+        _register_autograd(plain, library)
     return ops
 
 

@@ -11,6 +11,7 @@ asks for the value of a size that is only known at run time.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NoReturn
 
@@ -32,6 +33,14 @@ Pair = tuple[int, int]
 # What the package's own kernels compute; other dtypes are aten's business.
 NATIVE_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NATIVE_DTYPE_NAMES = "float32, float64, bfloat16, float16"
+
+# Kernels count steps in 64 bits: no sum or product of two values overflows then.
+_LARGEST = 2**31 - 1
+# A result's bytes have to be counted in 64 bits, too.
+_MOST_ELEMENTS = 2**60 - 1
+# Calls within these break neither rule.
+_USUAL_STEP = 255
+_USUAL_EXTENT = 2**20
 
 # Subclasses (fake tensors among them) may have symbolic sizes.
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
@@ -153,7 +162,10 @@ def _check_placement(op: str, input: Tensor, weight: Tensor, bias: Tensor | None
 def _check_attributes(
     op: str, stride: Pair, padding: Pair, dilation: Pair, groups: int, output_padding: Pair | None
 ) -> None:
-    """Signs of the integer arguments, in torch's order."""
+    """Range of the integer arguments, then their signs in torch's order."""
+    _check_range(op, stride=stride, padding=padding, dilation=dilation, groups=(groups,))
+    if output_padding is not None:
+        _check_range(op, output_padding=output_padding)
     if padding[0] < 0 or padding[1] < 0:
         axis = "height" if padding[0] < 0 else "width"
         _fail(
@@ -182,6 +194,17 @@ def _check_attributes(
         )
     if output_padding is not None:
         _check_output_padding(op, output_padding, stride, dilation)
+
+
+def _check_range(op: str, **arguments: tuple[int, ...]) -> None:
+    """Symbolic numbers are checked once they have values."""
+    for name, values in arguments.items():
+        if any(type(value) is int and value > _LARGEST for value in values):
+            got = values[0] if len(values) == 1 else values
+            raise ValueError(
+                f"segpose_kernels.{op}: {name} is too large: {name} must be <= {_LARGEST}, got "
+                f"{got}; use a smaller {name}"
+            )
 
 
 def _check_output_padding(op: str, output_padding: Pair, stride: Pair, dilation: Pair) -> None:
@@ -298,6 +321,21 @@ def _check_extents(
             "Only zero batch or zero channel inputs are supported, but got input shape: "
             f"{list(input.shape)}; the spatial extents must be at least 1",
         )
+    channels = weight.shape[1]  # of one group
+    if output_padding is None:
+        channels = weight.shape[0]
+        out_h = (padded_h - kernel_h) // stride[0] + 1
+        out_w = (padded_w - kernel_w) // stride[1] + 1
+    _check_size(op, [n, channels, out_h, out_w])
+
+
+def _check_size(op: str, shape: list[int]) -> None:
+    """Elements of the result. Symbolic sizes are checked once they have values."""
+    if all(type(size) is int for size in shape) and math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(
+            f"segpose_kernels.{op}: the result is too large: it must have at most "
+            f"{_MOST_ELEMENTS} elements, got size {shape}; use less padding or smaller extents"
+        )
 
 
 def _plainly_valid(
@@ -310,7 +348,7 @@ def _plainly_valid(
     groups: int,
     output_padding: Pair | None,
 ) -> bool:
-    """Whether a call breaks no rule, for ordinary tensors with extents >= 1, in one expression.
+    """Whether a call breaks no rule, for ordinary tensors of usual extents, in one expression.
 
     False decides nothing: the rules are then walked one by one. Module calls of a few microseconds
     pass through here, so nothing is looked up twice.
@@ -339,12 +377,15 @@ def _plainly_valid(
     return (
         channels_match
         and extents
-        and h > 0 < w
+        and 0 < h <= _USUAL_EXTENT >= w > 0
         and r > 0 < s
         and c0 > 0 < c1
         and stride_h > 0 < stride_w
-        and padding_h >= 0 <= padding_w
         and dilation_h > 0 < dilation_w
+        # Negative or large if one of them is.
+        and _USUAL_STEP
+        >= (stride_h | stride_w | padding_h | padding_w | dilation_h | dilation_w)
+        >= 0
         and groups > 0
         and c0 % groups == 0
         and dtype is weight.dtype
@@ -377,7 +418,8 @@ def check_call(
 ) -> None:
     """Check one call of an operator on 4-D tensors; `output_padding` is None for a convolution.
 
-    Raises RuntimeError with torch's key phrases for everything that torch's operator rejects.
+    Raises RuntimeError with torch's key phrases for everything that torch's operator rejects,
+    ValueError for numbers that no kernel can count with.
     """
     if _plainly_valid(input, weight, bias, stride, padding, dilation, groups, output_padding):
         return

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import cpu_choices
 from .cpu_choices import PassKey
+from .unnoticed import draw_like
 
 __all__ = ["Watcher", "measuring_again", "tune_call", "tune_prepared", "watchers"]
 
@@ -162,7 +163,7 @@ def tune_call(
         if not (needs[0] or needs[1]):
             return
         y = forward(x, w, b, *params)
-        grad = torch.randn_like(y)
+        grad = draw_like(y)
         # The whole backward each time: its passes share the masked gradient where both pack it.
         work = functools.partial(backward, grad, y, x, w, *params, *needs)
         for wanted, op in ((needs[0], passes[1]), (needs[1], "wgrad")):
@@ -194,7 +195,7 @@ def tune_prepared(
 
     with torch.no_grad():
         last = torch.channels_last
-        x = torch.randn(shape, dtype=weight.dtype).contiguous(memory_format=last)
+        x = draw_like(torch.empty(shape, dtype=weight.dtype, memory_format=last))
         y = torch.empty(output_shape, dtype=weight.dtype, memory_format=last)
         try:
             _tune(problem, key, work)

@@ -5,9 +5,10 @@ Candidates are every backend that can run the call: our kernels, tuned first (ti
 cuDNN and one fused pointwise pass as a candidate for each pass; algorithms on CPU), and torch's own
 operators. So a call is never slower than torch's by more than the error of the measurement.
 
-Nothing is measured while a CUDA graph is captured, under deterministic algorithms, for tensors that
-have no data of their own (fakes, functorch wrappers), or inside torch.compile: such calls take what
-is known by then, else the rule of auto.py.
+Nothing is measured while a CUDA graph is captured, under deterministic algorithms or inside
+torch.compile: such calls take what is known by then, else the rule of auto.py. That rule alone
+holds for tensors that have no data of their own (fakes, functorch wrappers), under dispatch modes
+and in traces. The program's random numbers and hooks do not notice a measurement (unnoticed.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from . import auto, backends
 from .autograd import transforms_active
 from .backends import LIBRARY
 from .triton.device import device_of, float32_precision, is_capturing
+from .unnoticed import draw_like, hidden_from_hooks, is_watched
 
 __all__ = ["choose", "enabled", "forget", "is_wanted", "measure_ms"]
 
@@ -48,9 +50,10 @@ def measure_ms(work: Callable[[], object]) -> float:
     return 1e3 * float(timer.blocked_autorange(min_run_time=0.05).median)
 
 
-def _is_ordinary(x: Tensor, w: Tensor) -> bool:
-    """Whether the tensors have data of their own."""
-    return x.__class__ in _PLAIN and w.__class__ in _PLAIN and not transforms_active()
+def _is_ordinary(operands: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors have data of their own, and nothing looks at the call."""
+    plain = all(operand.__class__ in _PLAIN for operand in operands)
+    return plain and not transforms_active() and not is_watched()
 
 
 def _layout(tensor: Tensor) -> str:
@@ -69,9 +72,9 @@ def choose(
     default: str,
 ) -> str:
     """The fastest backend for a call; `default` where it is unknown and cannot be measured now."""
-    if not _is_ordinary(x, w):
-        return default
     operands = (x, w) if b is None else (x, w, b)
+    if not _is_ordinary(operands):
+        return default
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in operands)
     key = (
         label,
@@ -92,7 +95,8 @@ def choose(
         return default
     with _lock:
         if key not in _winners:
-            _winners[key] = _measure(label, runners, operands, needs, params)
+            with hidden_from_hooks():
+                _winners[key] = _measure(label, runners, operands, needs, params)
         return _winners[key]
 
 
@@ -166,7 +170,7 @@ def _work(
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not wanted:
         return forward
-    grad = torch.randn_like(forward().detach())
+    grad = draw_like(forward().detach())
 
     def both() -> object:
         with torch.enable_grad():

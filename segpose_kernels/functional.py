@@ -105,9 +105,9 @@ def conv2d_act(
     Differentiable in input, weight and bias, twice in reverse mode, in forward mode, and under
     torch.func and torch.compile.
 
-    Raises TypeError for arguments of a wrong type, ValueError for an unknown activation or backend,
-    RuntimeError for sizes and values that torch rejects, and for an explicit backend that cannot
-    run the call.
+    Raises TypeError for arguments of a wrong type, ValueError for an unknown activation or backend
+    and for numbers over 2**31 - 1, RuntimeError for sizes and values that torch rejects, and for an
+    explicit backend that cannot run the call.
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
@@ -233,6 +233,8 @@ def _call(
             name = fastest.choose(
                 operator.label, operator.runners, input, weight, bias, (*params, slope), name
             )
+    if weight.numel() == 0:
+        name = "aten"  # no input channels: torch's result has no channels then, whatever the bias
     run = operator.runner(name)
     if slope is None:
         y = F.leaky_relu(run(input, weight, bias, (*params, 1.0)), negative_slope)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
 
 from .checks import effective_kernel
 
-__all__ = ["conv_extents", "conv_transpose_extents", "empty_output"]
+__all__ = ["conv_extents", "conv_transpose_extents", "empty_gradient", "empty_output"]
 
 
 def conv_extents(
@@ -55,3 +55,14 @@ def _memory_format(x: Tensor, w: Tensor) -> torch.memory_format:
 def empty_output(x: Tensor, w: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised result of a call with input x and weight w, in torch's memory format."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, w))
+
+
+def empty_gradient(w: Tensor) -> Tensor:
+    """Uninitialised gradient of a weight, with the strides that the kernels give it.
+
+    Those of the weight where it has no gaps. torch's empty_like is alike for tensors with data, but
+    for fakes it makes up the strides of extents of one.
+    """
+    if is_non_overlapping_and_dense_or_false(w):
+        return w.new_empty_strided(w.shape, w.stride())
+    return torch.empty_like(w)

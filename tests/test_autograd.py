@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -343,6 +344,81 @@ def test_hessians_in_every_order(op: str) -> None:
         ("forward over forward", jacfwd, jacfwd),
     ):
         close(name, outer(inner(ours))(w), expected)
+
+
+# Plain operators, as exported programs call them ---------------------------------------------
+
+
+@pytest.fixture(params=["segpose", "segpose_triton"])
+def plain(request: pytest.FixtureRequest) -> dict[str, NativeOp]:
+    """The operators of a namespace."""
+    if request.param == "segpose":
+        return native_ops
+    pytest.importorskip("triton")
+    from segpose_kernels.triton.ops import triton_ops
+
+    return triton_ops
+
+
+def plain_calls(op: NativeOp, activation: str) -> list[tuple[Any, Any, list[Tensor]]]:
+    """The operator and its backward, each as torch does it, and what they take."""
+    params = params_of(op.label, activation)
+    x, w, b = (t.detach() for t in operands(op.label))
+    geometry: dict[str, Any] = {"stride": (2, 3), "padding": (1, 0)}
+    if op.transposed:
+        geometry["output_padding"] = (1, 2)
+    reference = reference_of(op.label, activation, geometry)
+    y = reference(x, w, b)
+    output = None if activation == "none" else y
+
+    def backward(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return op.backward(grad, output, x, w, *params, True, True, True)
+
+    def expected(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = torch.func.vjp(reference, x, w, b)[1](grad)
+        return grads
+
+    return [
+        (lambda *t: (op.forward(*t, *params),), lambda *t: (reference(*t),), [x, w, b]),
+        (backward, expected, [x, w, torch.randn_like(y)]),
+    ]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+@pytest.mark.parametrize("activation", SLOPES)
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_of_plain_operators(
+    op: str, activation: str, requires_grad: bool, plain: dict[str, NativeOp]
+) -> None:
+    """A tangent that gets lost would look like one of zero."""
+    for ours, theirs, primals in plain_calls(plain[op], activation):
+        tangents = [torch.randn_like(t) for t in primals]
+        _, expected = torch.func.jvp(theirs, tuple(primals), tuple(tangents))
+        _, actual = torch.func.jvp(ours, tuple(primals), tuple(tangents))
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            close(f"func.jvp {i}", a, e)
+        leaves = [t.clone().requires_grad_(requires_grad) for t in primals]
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
+            for i, (y, e) in enumerate(zip(ours(*duals), expected, strict=True)):
+                tangent = forward_ad.unpack_dual(y).tangent
+                assert tangent is not None
+                close(f"dual {i}", tangent, e)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_func_transforms_of_plain_operators(op: str, plain: dict[str, NativeOp]) -> None:
+    for ours, theirs, primals in plain_calls(plain[op], "leaky_relu"):
+        for i in range(3):
+
+            def loss(value: Tensor, call: Any, at: int = i, given: Any = primals) -> Tensor:
+                results = call(*given[:at], value, *given[at + 1 :])
+                return sum((r * r).sum() for r in results)  # type: ignore[return-value]
+
+            actual, expected = (
+                torch.func.grad(functools.partial(loss, call=c))(primals[i]) for c in (ours, theirs)
+            )
+            close(f"func.grad {i}", actual, expected)
 
 
 def test_module_under_functional_call() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -190,6 +191,52 @@ def test_torchs_error_inputs(
 ) -> None:
     with pytest.raises(RuntimeError, match=re.escape(phrase)):
         conv2d_act(torch.randn(x), torch.randn(w), torch.randn(w[0]), **arguments)
+
+
+NUMBERS = [
+    (op, name)
+    for op in FUNCTIONS
+    for name in ("stride", "padding", "dilation", "groups", "output_padding")
+    if name != "output_padding" or op == CONV_T
+]
+
+
+@pytest.mark.parametrize("value", [2**31, 2**62, 2**63 - 1, 2**63, 2**70])
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
+def test_numbers_that_kernels_cannot_count_with(op: str, name: str, value: int) -> None:
+    """On one axis at a time, for tensors with and without data."""
+    found = [value] if name == "groups" else [(value, 1), (1, value)]
+    for device, given in itertools.product(("cpu", "meta"), found):
+        x, w = torch.zeros(1, 2, 4, 4, device=device), torch.zeros(2, 2, 2, 2, device=device)
+        message = f"{name} is too large: {name} must be <= 2147483647, got {given}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            FUNCTIONS[op](x, w, **{name: given})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("op", "name"), [(CONV, "padding"), (CONV_T, "stride"), (CONV_T, "dilation")]
+)
+def test_results_whose_bytes_cannot_be_counted(op: str, name: str, device: str) -> None:
+    x, w = torch.zeros(1, 2, 4, 4, device=device), torch.zeros(2, 2, 2, 2, device=device)
+    with pytest.raises(
+        ValueError, match=r"the result is too large: .* got size \[1, 2, \d+, \d+\]"
+    ):
+        FUNCTIONS[op](x, w, **{name: 2**31 - 1})
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_extents_without_memory(op: str) -> None:
+    """An expanded tensor may have any."""
+    x = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 2**31)
+    with pytest.raises(ValueError, match="the result is too large"):
+        FUNCTIONS[op](x, torch.zeros(1, 1, 1, 1))
+
+
+def test_the_largest_stride() -> None:
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 2, 2)
+    y = conv2d_act(x, w, stride=2**31 - 1, activation="none")
+    torch.testing.assert_close(y, F.conv2d(x, w, stride=2**31 - 1))
 
 
 # Tensors: types, dtypes, devices, layouts ----------------------------------------------------

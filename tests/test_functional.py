@@ -295,3 +295,27 @@ def test_inference_mode_and_no_grad_give_the_same_numbers() -> None:
     assert torch.equal(y, expected)
     with torch.inference_mode():
         assert torch.equal(conv2d_act(x, w), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "aten"])
+@pytest.mark.parametrize(("batch", "groups"), [(2, 1), (2, 2), (0, 1)])
+def test_no_input_channels(backend: str, batch: int, groups: int) -> None:
+    """As torch has it: a result without channels, and gradients of zero."""
+    x, w, b = torch.randn(batch, 0, 6, 5), torch.randn(4, 0, 3, 3), torch.randn(4)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
+    y = conv2d_act(x, w, b, groups=groups, backend=backend)
+    expected = F.leaky_relu(F.conv2d(x, w, b, groups=groups))
+    assert y.shape == expected.shape == (batch, 0, 4, 3)
+    for ours, theirs in zip(
+        torch.autograd.grad(y.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    with torch.device("meta"):
+        fake = conv2d_act(torch.empty(x.shape), torch.empty(w.shape), torch.empty(4), groups=groups)
+    assert fake.shape == y.shape
+    compiled = torch.compile(lambda x: conv2d_act(x, w, b, groups=groups), backend="aot_eager")
+    assert compiled(x).shape == y.shape
+    with pytest.raises(RuntimeError, match=f"expected weight to be at least {groups} at dim"):
+        conv_transpose2d_act(x, torch.randn(0, 4, 3, 3), groups=groups)

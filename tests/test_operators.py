@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segpose_kernels import backends
 from segpose_kernels.testing.counters import OperatorCounter
@@ -107,6 +109,41 @@ def test_fakes_have_the_kernels_strides(spec: ConvSpec, tensors: ConvTensors) ->
         fake_grads = backward(spec, meta[2], fake_output, meta[0], meta[1])
         for real, fake in zip((output, *grads), (fake_output, *fake_grads), strict=True):
             assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+
+
+def filter_layouts(w: Tensor) -> dict[str, Tensor]:
+    """The same filter in memory of several orders; where extents are one, these are ambiguous."""
+    strides = [7 if size == 1 else stride for size, stride in zip(w.shape, w.stride(), strict=True)]
+    return {
+        "contiguous": w,
+        "channels_last": w.contiguous(memory_format=torch.channels_last),
+        "reversed": w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "odd": w.as_strided(w.shape, strides),
+        "sliced": torch.randn([size + 1 for size in w.shape])[tuple(map(slice, w.shape))],
+        "expanded": w[:, :, :1, :1].expand(w.shape),
+    }
+
+
+@pytest.mark.parametrize("extents", list(itertools.product((1, 3), repeat=4)), ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_fakes_have_the_strides_of_extents_of_one(
+    transposed: bool, extents: tuple[int, int, int, int]
+) -> None:
+    outer, inner, *kernel = extents
+    shape = (2, outer if transposed else inner, 4, 3)
+    spec = replace(by_name("transposed-k2s2" if transposed else "conv-k1s1"), padding=(0, 0))
+    for name, w in filter_layouts(torch.randn(outer, inner, *kernel)).items():
+        for x in (torch.randn(shape), torch.randn(shape).to(memory_format=torch.channels_last)):
+            output = forward(spec, x, w, None)
+            grads = backward(spec, torch.ones_like(output), output, x, w)
+            for mode in (torch.device("meta"), FakeTensorMode()):
+                with mode:
+                    fake_x, fake_w = (torch.empty_strided(t.shape, t.stride()) for t in (x, w))
+                    fake_output = forward(spec, fake_x, fake_w, None)
+                    given = torch.ones_like(fake_output), fake_output, fake_x, fake_w
+                    fake_grads = backward(spec, *given)
+                for real, fake in zip((output, *grads), (fake_output, *fake_grads), strict=True):
+                    assert (real.shape, real.stride()) == (fake.shape, fake.stride()), name
 
 
 def malformed(spec: ConvSpec) -> dict[str, tuple[Any, ...]]:

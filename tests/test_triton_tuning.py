@@ -158,6 +158,16 @@ def test_every_candidate_computes_the_same(label: str) -> None:
                 torch.testing.assert_close(other, first, rtol=4e-3, atol=4e-3)
 
 
+def test_random_numbers_are_the_programs() -> None:
+    x, w = torch.randn(2, 40, 5, 6).half(), torch.randn(24, 40, 1, 1).half()
+    state = torch.get_rng_state()
+    params = (1, 1), (0, 0), (1, 1), 1, 0.1
+    with tritonsim.simulated(80):
+        for work in tuning.passes_of_call("conv2d", x, w, None, params, (True, True, False)):
+            tuning.tune(work, measure=lambda do: float(do() is None))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_library_is_a_candidate_where_the_gradient_is_not_masked() -> None:
     with tritonsim.simulated(80):
         forward, grad_input, grad_weight = passes("conv2d", (True, True, True))

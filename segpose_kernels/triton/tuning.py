@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from ..unnoticed import draw_like
 from . import choices
 from .calls import BackwardPasses, Call, Needs, backward_passes
 from .device import is_capturing
@@ -116,9 +117,8 @@ def passes_of_call(
         return result
     passes, _ = backward_passes(call, needs)
     mask_slope = _masks(passes, slope)
-    grad = torch.randn(shape, dtype=x.dtype, device=x.device).contiguous(
-        memory_format=torch.channels_last
-    )
+    last = torch.channels_last
+    grad = draw_like(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last))
     saved = None if mask_slope == 1 else grad.clone()
     if passes.gather is not None:
         masked = Epilogue(mask_slope=mask_slope)
