@@ -164,7 +164,12 @@ class NativeOp:
             y = self.forward(x, w, b, *params)
         elif transforms_active():
             y = _FusedTransformable.apply(x, w, b, _Call(self, params))
-        elif torch.is_grad_enabled() and _any_requires_grad(x, w, b):
+        # Inference mode records nothing, also where gradients are enabled inside.
+        elif (
+            torch.is_grad_enabled()
+            and _any_requires_grad(x, w, b)
+            and not torch.is_inference_mode_enabled()
+        ):
             y = _Fused.apply(x, w, b, self, params)
         else:
             y = self.run_forward(x, w, b, params)

@@ -295,6 +295,8 @@ def test_inference_mode_and_no_grad_give_the_same_numbers() -> None:
     assert torch.equal(y, expected)
     with torch.inference_mode():
         assert torch.equal(conv2d_act(x, w), expected)
+        with torch.enable_grad():
+            assert torch.equal(conv2d_act(x, w), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "aten"])

@@ -186,7 +186,14 @@ def malformed(spec: ConvSpec) -> dict[str, tuple[Any, ...]]:
         "output too small": (
             attribute("padding", [50, 50]) if spec.transposed else attribute("dilation", [50, 50])
         ),
-        "huge stride": attribute("dilation", [2**40, 2**40]),
+        "dilation 2**40": attribute("dilation", [2**40, 2**40]),
+        "padding 2**63 - 1": attribute("padding", [2**63 - 1, 0]),
+        "stride 2**31": attribute("stride", [2**31, 1]),
+        "more elements than 2**60": (
+            attribute("dilation", [2**31 - 1, 2**31 - 1])
+            if spec.transposed
+            else attribute("padding", [2**31 - 1, 2**31 - 1])
+        ),
     }
     if spec.transposed:
         cases["output_padding -1"] = attribute("output_padding", [0, -1])

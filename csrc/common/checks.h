@@ -22,10 +22,18 @@ struct ConvAttributes {
   bool transposed;
 };
 
+// Of an attribute: sums and products of two of them fit into 64 bits.
+constexpr int64_t kLargestAttribute = (int64_t{1} << 31) - 1;
+
 inline void check_attributes(const ConvAttributes& attributes) {
   for (const auto* pair : {&attributes.stride, &attributes.padding, &attributes.output_padding, &attributes.dilation}) {
     STD_TORCH_CHECK(pair->size() == 2, "segpose: stride, padding, output_padding and dilation must have 2 values, got ",
                     pair->size());
+    for (const int64_t value : *pair) {
+      STD_TORCH_CHECK(value <= kLargestAttribute,
+                      "segpose: stride, padding, output_padding and dilation must be at most ", kLargestAttribute,
+                      ", got ", value);
+    }
   }
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t stride = attributes.stride[axis];
@@ -39,7 +47,8 @@ inline void check_attributes(const ConvAttributes& attributes) {
         output_padding >= 0 && (output_padding == 0 || output_padding < stride || output_padding < dilation),
         "segpose: output_padding must be smaller than stride or dilation, got ", output_padding);
   }
-  STD_TORCH_CHECK(attributes.groups > 0, "segpose: groups must be positive, got ", attributes.groups);
+  STD_TORCH_CHECK(attributes.groups > 0 && attributes.groups <= kLargestAttribute,
+                  "segpose: groups must be positive and at most ", kLargestAttribute, ", got ", attributes.groups);
 }
 
 // The convolution view of a call, or an error that names what does not fit.
@@ -89,6 +98,11 @@ inline ConvProblem make_problem(const std::vector<int64_t>& input, const Tensor&
                   input[2], " x ", input[3]);
   STD_TORCH_CHECK(out_h > 0 && out_w > 0, "segpose: output size is too small: input ", input[2], " x ", input[3],
                   ", output ", out_h, " x ", out_w);
+  // Its bytes are counted in 64 bits, too.
+  const double channels = static_cast<double>(attributes.transposed ? problem.c : problem.k);
+  const double elements =
+      static_cast<double>(problem.n) * channels * static_cast<double>(out_h) * static_cast<double>(out_w);
+  STD_TORCH_CHECK(elements < 0x1p60, "segpose: output size is too large: ", out_h, " x ", out_w);
   return problem;
 }
 
