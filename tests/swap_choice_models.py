@@ -6,7 +6,9 @@ Each has as `others` what may be set afterwards: attributes with values, dots re
 
 from __future__ import annotations
 
+import enum
 import functools
+import os
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -400,3 +402,152 @@ class Backbone(nn.Module):
             if index in self.out_indices:
                 results.append(x)
         return tuple(results)
+
+
+class ByPartOfName(Model):
+    """An f-string makes the name of a head."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", "depth"), ("task", "edges")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_normals, self.head_depth, self.head_edges = self.convs
+        self.task = "normals"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(getattr(self, f"head_{self.task}")(x))
+
+
+class ByStride(Model):
+    """Numbers that are no indices: keys of a table in the forward."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("stride", 16)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up8, self.up16, _ = self.convs
+        self.stride = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu({8: self.up8, 16: self.up16}[self.stride](x))
+
+
+class ByTableMethod(ByStride):
+    """A table is asked with `get`, for what an object of the user's holds."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.stride", 16)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(stride=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu({8: self.up8, 16: self.up16}.get(self.config.stride)(x))
+
+
+class ByNone(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("active", 1), ("active", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[0 if self.active is None else self.active](x))
+
+
+class ByMissing(Model):
+    """The attribute is set later."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[getattr(self, "task", 0)](x))
+
+
+class MissingNumber(ByMissing):
+    others: ClassVar[list[tuple[str, Any]]] = [("gain", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * getattr(self, "gain", 2.0)
+
+
+class ByFraction(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("fraction", 0.4)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fraction = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[int(3 * self.fraction)](x))
+
+
+class Task(enum.Enum):
+    NORMALS = 0
+    DEPTH = 1
+
+
+class ByMember(Model):
+    """A member of an enumeration, of the class."""
+
+    task = Task.NORMALS
+    others: ClassVar[list[tuple[str, Any]]] = [("task", Task.DEPTH)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task.value](x))
+
+
+class ByDelegate(Model):
+    """The class looks in a part for what it does not have."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("part.task", 1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.task = 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("part"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task](x))
+
+
+class TwoSwitches(Model):
+    """One attribute matters once the other has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.several, self.task = False, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task if self.several else 0](x))
+
+
+class ByEnvironment(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[int(os.getenv("SEGPOSE_TEST_TASK", "0"))](x))
+
+
+class ForwardByName(Model):
+    """A convolution runs once with the activation behind it, once without and uncalled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.last(x)) + self.last.forward(x)
+
+
+class ActsByFunction(Model):
+    """Numbers beside a function in an attribute; they choose no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.size, self.stride, self.padding, self.gain = F.relu, 3, 1, 1, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.act(self.convs[0](x)), self.size, self.stride, self.padding)
+        return self.act(self.convs[1](y)) * self.gain

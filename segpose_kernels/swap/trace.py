@@ -8,6 +8,8 @@ copy, so that a forward which writes attributes leaves no trace of its own in th
 from __future__ import annotations
 
 import copy
+import enum
+import functools
 import gc
 import inspect
 import operator
@@ -30,6 +32,10 @@ _HERE = os.path.dirname(__file__) + os.sep
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
+class Missing:
+    """Stands for the value of an attribute that is not there."""
+
+
 class AttributeCall:
     """Stands for a callable attribute: the graph tells `self.relu(x)` from `F.leaky_relu(x)`."""
 
@@ -38,6 +44,10 @@ class AttributeCall:
         self.function = function
         self.__name__ = attribute
         self.__module__ = __name__
+
+    def __repr__(self) -> str:
+        """The same in every trace, so that graphs can be compared."""
+        return f"self.{self.attribute}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
@@ -77,6 +87,7 @@ class ForwardTrace:
         entered: code of functions that ran, with their globals, those of torch, of this package and
             of Python left out; None where another profiler watched, which keeps its place.
         handed: those of them that were given a module.
+        direct: modules whose `forward` ran by its name instead of by a call, which leaves no node.
         tried: the attribute that had another value than in the model; empty for the model as it is.
     """
 
@@ -94,6 +105,7 @@ class ForwardTrace:
     draws: bool = False
     entered: dict[CodeType, dict[str, Any]] | None = None
     handed: frozenset[CodeType] = frozenset()
+    direct: tuple[nn.Module, ...] = ()
     tried: str = ""
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
@@ -127,9 +139,16 @@ def trace_forward(
     before = set(vars(clone))
     entered: dict[CodeType, dict[str, Any]] = {}
     handed: set[CodeType] = set()
+    direct: list[nn.Module] = []
 
     def enter(frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+        if event != "call":
+            return
+        if frame.f_code.co_name == "forward":
+            ran = frame.f_locals.get("self")
+            if isinstance(ran, nn.Module) and ran is not clone:
+                direct.append(ran)
+        if frame.f_code.co_filename.startswith((_TORCH, _HERE)):
             return
         # What was generated, such as a dataclass's __init__, has no file.
         name = str(frame.f_globals.get("__name__", ""))
@@ -154,7 +173,7 @@ def trace_forward(
             start = _modes()
             gc.disable()
             if not watched:
-                sys.setprofile(enter)
+                tracer.begin = functools.partial(sys.setprofile, enter)
             graph = tracer.trace(clone)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
             first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
@@ -175,6 +194,7 @@ def trace_forward(
     )
     trace.draws = draws
     trace.entered, trace.handed = None if watched else entered, frozenset(handed)
+    trace.direct = tuple(direct)
     trace.tried = ", ".join(given or {})
     for attribute, value in vars(clone).items():
         parts = vars(value) if _is_users_object(value) else value
@@ -249,6 +269,10 @@ for _name in (
     setattr(_InplaceProxy, f"__{_name}__", _record_inplace(getattr(operator, _name)))
 
 
+def _nothing() -> None:
+    pass
+
+
 class _OneLevelTracer(fx.Tracer):
     """Every module is a leaf; each node remembers where it was made."""
 
@@ -258,6 +282,13 @@ class _OneLevelTracer(fx.Tracer):
         super().__init__()
         self.sites: dict[fx.Node, Site] = {}
         self.called: dict[fx.Node, nn.Module] = {}
+        # Called when all is ready for the forward.
+        self.begin: Callable[[], None] = _nothing
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        ready = super().create_args_for_root(*args, **kwargs)
+        self.begin()
+        return ready
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -339,7 +370,23 @@ def _recording_copy(
             )
         return value
 
-    kind = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+    def read_missing(self: Any, attribute: str) -> Any:
+        """What a class with a `__getattr__` of its own finds elsewhere, or nothing."""
+        tables = (object.__getattribute__(self, name) for name in _TABLES)
+        noted = recording and not attribute.startswith("__") and attribute not in MODULE_STATE
+        noted = noted and not any(attribute in table for table in tables)
+        try:
+            value = base.__getattr__(self, attribute)
+        except AttributeError:
+            if noted:
+                reads.setdefault(attribute, Missing)
+            raise
+        if noted:
+            _note(attribute, value, True, reads, opaque)
+        return value
+
+    members = {"__getattribute__": read, "__getattr__": read_missing, "__module__": base.__module__}
+    kind = type(base.__name__, (base,), members)
     clone: nn.Module = object.__new__(kind)
     state = object.__getattribute__(clone, "__dict__")
     for key, value in vars(owner).items():
@@ -359,7 +406,7 @@ def _recording_copy(
 def _note(
     attribute: str, value: Any, on_instance: bool, reads: dict[str, Any], opaque: set[str]
 ) -> None:
-    if isinstance(value, PLAIN):
+    if isinstance(value, (*PLAIN, enum.Enum)):
         reads.setdefault(attribute, value)
     elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
         reads.setdefault(attribute, value.copy() if isinstance(value, list) else value)
@@ -370,5 +417,6 @@ def _note(
         opaque.add(attribute)
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
 # Read by nn.Module itself on every call; `training` has a graph for each of its values.
 MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
