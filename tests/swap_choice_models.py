@@ -551,3 +551,109 @@ class ActsByFunction(Model):
     def forward(self, x: Tensor) -> Tensor:
         y = F.max_pool2d(self.act(self.convs[0](x)), self.size, self.stride, self.padding)
         return self.act(self.convs[1](y)) * self.gain
+
+
+class Gauge(nn.Module):
+    """A part that has plain data in several forms, under names that tensors have too."""
+
+    offset = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.table, self.pair = 2.0, {"gain": 2.0}, (2.0,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ReadsPart(Model):
+    """What it reads of a part, as text; a graph would freeze it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.parts = Gauge(), nn.ModuleList([Gauge()])
+
+
+class PartsClassNumber(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.offset", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.offset
+
+
+class PartsMean(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.mean", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.mean
+
+
+class PartsTable(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.table", {"gain": 3.0})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.table["gain"]
+
+
+class PartsPair(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.pair", (3.0,))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.pair[0]
+
+
+class PartsMode(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.training", True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * (1.0 + self.part.training)
+
+
+class PartInList(ReadsPart):
+    """`relu` is only where the tests can reach the part."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("relu.part.mean", 3.0)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu.part = self.parts[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.parts[0].mean
+
+
+class ClassNumber(Model):
+    """A number of the class, read from the class."""
+
+    task: ClassVar[int] = 0
+    gain: ClassVar[float] = 2.0
+
+    @classmethod
+    def scaled(cls, x: Tensor) -> Tensor:
+        return x * cls.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.relu(self.convs[self.__class__.task](x)))
+
+
+class _HasShortcut(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(twice=False)
+        self.norm: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.twice:
+            x = self.last(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.relu(self.convs[0](x)) + F.relu(self.last(x))
+
+
+class SuperForward(_HasShortcut):
+    """The forward of the class above has conditions, and other layers under them."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.twice", True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)

@@ -45,6 +45,13 @@ CHOOSING = [
     zoo.ByFraction,
     zoo.ByMember,
     zoo.ByDelegate,
+    zoo.PartsClassNumber,
+    zoo.PartsMean,
+    zoo.PartsTable,
+    zoo.PartsPair,
+    zoo.PartsMode,
+    zoo.PartInList,
+    zoo.SuperForward,
 ]
 
 
@@ -98,6 +105,25 @@ def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     for task in range(3):
         monkeypatch.setenv("SEGPOSE_TEST_TASK", str(task))
         torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_class_changes_later(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.ClassNumber().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    x = image()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+        monkeypatch.setattr(zoo.ClassNumber, "task", 1)
+        monkeypatch.setattr(zoo.ClassNumber, "gain", 3.0)
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_conditions_above_do_not_hinder() -> None:
+    """A condition in a forward that runs by super() is read like one in the forward itself."""
+    report = optimize(zoo.SuperForward())[1]
+    assert activations(report)["convs.0"] == "relu"
 
 
 def test_forward_by_name() -> None:

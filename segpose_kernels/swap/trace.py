@@ -197,7 +197,7 @@ def trace_forward(
     trace.direct = tuple(direct)
     trace.tried = ", ".join(given or {})
     for attribute, value in vars(clone).items():
-        parts = vars(value) if _is_users_object(value) else value
+        parts = vars(value) if is_users_object(value) else value
         for proxy in _proxies(parts):
             trace.stashed[proxy.node] = attribute
     return trace
@@ -231,7 +231,7 @@ def _holds_module(value: Any, depth: int = 2) -> bool:
     return False
 
 
-def _is_users_object(value: Any) -> bool:
+def is_users_object(value: Any) -> bool:
     """Whether it is a plain object with attributes, of a class written in Python."""
     kind = type(value)
     return (
@@ -394,7 +394,7 @@ def _recording_copy(
             value = value.copy()
         elif is_activation_function(value):
             value = AttributeCall(key, value)
-        elif _is_users_object(value):
+        elif is_users_object(value):
             # A forward may put values into it.
             value = copy.copy(value)
         state[key] = value
@@ -413,7 +413,7 @@ def _note(
     elif isinstance(value, (AttributeCall, AbsorbedCall, nn.Module, fx.Proxy)):
         return
     # Of a class, tables and objects; its methods and properties are code.
-    elif on_instance or isinstance(value, (tuple, list, dict, set)) or _is_users_object(value):
+    elif on_instance or isinstance(value, (tuple, list, dict, set)) or is_users_object(value):
         opaque.add(attribute)
 
 
