@@ -9,9 +9,11 @@ from __future__ import annotations
 import enum
 import functools
 import os
+from collections import OrderedDict, deque
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -657,3 +659,104 @@ class SuperForward(_HasShortcut):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
+
+
+class Attributes:
+    """A configuration as common libraries write it; it cannot be copied or pickled as it is."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Any:
+        return self.values[name]
+
+    def __deepcopy__(self, memo: Any) -> Attributes:
+        return Attributes(**self.values)
+
+
+class ByAttributes(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("config.task", 1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Attributes(task=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.config.task](x))
+
+
+TAPS: list[Tensor] = []
+
+
+class Keeps(Model):
+    """Puts the values before the activation wherever a model may have a place for them."""
+
+    log: ClassVar[list[Tensor]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists: dict[str, list[Tensor]] = {"before": []}
+        self.queue: deque[Tensor] = deque(maxlen=3)
+        self.tables: OrderedDict[str, Tensor] = OrderedDict()
+        self.block = Block()
+        self.seen = SimpleNamespace(items=[])
+
+    def kept(self) -> list[Tensor]:
+        found = [*self.lists["before"], *self.queue, *self.tables.values(), *self.seen.items]
+        return [*found, *vars(self.block).get("before", ()), *self.log, *TAPS]
+
+    def keep(self, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        self.keep(y)
+        return self.relu(y)
+
+
+class KeepsInLists(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.lists["before"].append(y)
+
+
+class KeepsInQueue(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.queue.append(y)
+
+
+class KeepsInTable(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.tables["before"] = y
+
+
+class KeepsInPart(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.block.before = [y]
+
+
+class KeepsInListOfObject(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.seen.items.append(y)
+
+
+class KeepsInClass(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.log.append(y)
+
+
+class KeepsInFile(Keeps):
+    def keep(self, y: Tensor) -> None:
+        TAPS.append(y)
+
+
+class DrawsAndPrints(Model):
+    """Has generators of its own, uses those of all, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.tensors = np.random.default_rng(0), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("drawing")
+        gain = self.numbers.random() + torch.rand(1, generator=self.tensors).item()
+        return self.relu(self.convs[0](x)) * (gain + np.random.rand())

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import swap_choice_models as zoo
 import torch
@@ -52,6 +53,7 @@ CHOOSING = [
     zoo.PartsMode,
     zoo.PartInList,
     zoo.SuperForward,
+    zoo.ByAttributes,
 ]
 
 
@@ -313,3 +315,43 @@ def test_value_kept_in_an_object() -> None:
     model(x)
     plain(x)
     torch.testing.assert_close(model.seen.before, plain.seen.before)
+
+
+KEEPING = [
+    zoo.KeepsInLists,
+    zoo.KeepsInQueue,
+    zoo.KeepsInTable,
+    zoo.KeepsInPart,
+    zoo.KeepsInListOfObject,
+    zoo.KeepsInClass,
+    zoo.KeepsInFile,
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("build", KEEPING)
+def test_values_kept_elsewhere(build: Callable[[], zoo.Keeps], mode: str) -> None:
+    model = build().double().eval()
+    optimize(model, mode=mode)
+    assert model.kept() == []
+    x = image()
+    with torch.no_grad():
+        model(x)
+        (found,) = model.kept()
+        torch.testing.assert_close(found, model.convs[0](x))
+        assert found.min() < 0
+    zoo.Keeps.log.clear()
+    zoo.TAPS.clear()
+
+
+def test_numbers_and_output_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    model = zoo.DrawsAndPrints()
+
+    def states() -> list[str]:
+        numbers = [np.random.get_state(), model.numbers.bit_generator.state]
+        return [str(state) for state in (*numbers, model.tensors.get_state().tolist())]
+
+    before = states()
+    optimize(model)
+    assert states() == before
+    assert capsys.readouterr() == ("", "")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import enum
-import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from .contents import Contents
 from .hidden import lookup
 from .links import LOOP_HELPERS
 from .rewritable import MISSING, Text, codes_of, is_plain_function, own_code, unguarded_read
@@ -90,6 +90,7 @@ class _Tries:
     def __init__(self, trace: ForwardTrace) -> None:
         self.trace = trace
         self.shape = _shape(trace)
+        self.contents = Contents(trace.owner)
         self.left = _TRIES
         self.found: list[tuple[dict[str, Any], ForwardTrace]] = []
         # For each attribute that matters, the values that showed it.
@@ -102,8 +103,9 @@ class _Tries:
         if self.left <= 0:
             return False
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # a forward may print
-                other = trace_forward(trace.owner, trace.name, trace.training, given=given)
+            other = trace_forward(
+                trace.owner, trace.name, trace.training, given=given, contents=self.contents
+            )
         except UntraceableError as error:
             return isinstance(error.__cause__, (LookupError, AttributeError))
         if _shape(other) == self.shape:

@@ -25,8 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activation import LEAKY_FUNCTIONS, RELU_FUNCTIONS
+from .contents import is_users_object
 from .source import FunctionView, has_branches, methods_of, view_of, view_self
-from .trace import MODULE_STATE, PLAIN, ForwardTrace, is_users_object
+from .trace import MODULE_STATE, PLAIN, ForwardTrace
 
 # Changing a list or dict that the forward made itself is part of the graph.
 _BUILDERS = frozenset({"append", "extend", "insert", "update", "setdefault", "pop", "reverse"})

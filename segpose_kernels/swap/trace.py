@@ -7,15 +7,16 @@ copy, so that a forward which writes attributes leaves no trace of its own in th
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import enum
 import functools
 import gc
-import inspect
+import io
 import operator
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -25,6 +26,7 @@ import torch
 from torch import fx, nn
 
 from .activation import is_activation_function
+from .contents import Contents, generator_copy, is_users_object, shallow_copy
 from .pieces import AbsorbedCall
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -124,15 +126,18 @@ def trace_forward(
     *,
     seed: int = 0,
     given: dict[str, Any] | None = None,
+    contents: Contents | None = None,
 ) -> ForwardTrace:
     """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input, and
-    the attributes in `given` have other values than in the module.
+    the attributes in `given` have other values than in the module. `contents`: the owner's, for
+    many traces of it.
 
     Raises:
         UntraceableError: with the first line of what went wrong.
     """
     reads: dict[str, Any] = {}
     opaque: set[str] = set()
+    contents = contents or Contents(owner)
     clone, recorded = _recording_copy(owner, training, reads, opaque)
     vars(clone).update(given or {})
     tracer = _OneLevelTracer()
@@ -165,7 +170,10 @@ def trace_forward(
     collecting = gc.isenabled()
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as silence:
+        # A forward may print.
+        silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         numpy_state = _numpy_state()
@@ -186,6 +194,10 @@ def trace_forward(
             recorded.clear()
             draws = _have_drawn(seed, numpy_state)
             random.setstate(python_state)
+            if draws and numpy_state is not None:
+                sys.modules["numpy"].random.set_state(numpy_state)
+            # Only as it is put back does one see where else values were kept.
+            stored = list(contents.put_back())
     trace = ForwardTrace(
         owner, name, training, graph, tracer.sites, tracer.called, start, {}, reads, opaque
     )
@@ -197,9 +209,11 @@ def trace_forward(
     trace.direct = tuple(direct)
     trace.tried = ", ".join(given or {})
     for attribute, value in vars(clone).items():
-        parts = vars(value) if is_users_object(value) else value
-        for proxy in _proxies(parts):
+        for proxy in _kept_proxies(value):
             trace.stashed[proxy.node] = attribute
+    for place, value in stored:
+        for proxy in _kept_proxies(value):
+            trace.stashed.setdefault(proxy.node, place)
     return trace
 
 
@@ -212,14 +226,13 @@ def _have_drawn(seed: int, numpy_state: Any) -> bool:
     return (
         python != random.getstate()
         or not torch.equal(own.get_state(), torch.default_generator.get_state())
-        or numpy_state != _numpy_state()
+        or str(numpy_state) != str(_numpy_state())
     )
 
 
 def _numpy_state() -> Any:
-    """NumPy's makes many numbers at a time and counts those that it has given."""
     numpy = sys.modules.get("numpy")
-    return numpy.random.get_state()[2] if numpy is not None else None
+    return numpy.random.get_state() if numpy is not None else None
 
 
 def _holds_module(value: Any, depth: int = 2) -> bool:
@@ -229,18 +242,6 @@ def _holds_module(value: Any, depth: int = 2) -> bool:
         items = value.values() if isinstance(value, dict) else value
         return any(_holds_module(item, depth - 1) for item in list(items))
     return False
-
-
-def is_users_object(value: Any) -> bool:
-    """Whether it is a plain object with attributes, of a class written in Python."""
-    kind = type(value)
-    return (
-        kind.__module__.partition(".")[0] not in ("torch", "builtins", __name__.partition(".")[0])
-        and inspect.getattr_static(kind, "__reduce_ex__") is vars(object)["__reduce_ex__"]
-        and not isinstance(value, (type, nn.Module, torch.Tensor, fx.Proxy))
-        and not hasattr(kind, "__slots__")
-        and isinstance(getattr(value, "__dict__", None), dict)
-    )
 
 
 class _InplaceProxy(fx.Proxy):
@@ -334,9 +335,16 @@ def _proxies(value: Any, depth: int = 2) -> Iterator[fx.Proxy]:
     elif depth and isinstance(value, dict):
         for item in list(value.values()):
             yield from _proxies(item, depth - 1)
-    elif depth and type(value) in (list, tuple, set):
+    elif depth and isinstance(value, (list, tuple, set, deque)):
         for item in list(value):
             yield from _proxies(item, depth - 1)
+
+
+def _kept_proxies(value: Any) -> Iterator[fx.Proxy]:
+    """Those in a value and, if it is a user's object, in its attributes."""
+    yield from _proxies(value)
+    if is_users_object(value):
+        yield from _proxies(vars(value))
 
 
 def _modes() -> tuple[bool, ...]:
@@ -396,7 +404,9 @@ def _recording_copy(
             value = AttributeCall(key, value)
         elif is_users_object(value):
             # A forward may put values into it.
-            value = copy.copy(value)
+            value = shallow_copy(value)
+        else:
+            value = generator_copy(value)
         state[key] = value
     state["training"] = training
     state.pop("forward", None)
