@@ -6,10 +6,14 @@ Each has as `others` what may be set afterwards: attributes with values, dots re
 
 from __future__ import annotations
 
+import enum
 import functools
+import os
+from collections import OrderedDict, deque
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -400,3 +404,359 @@ class Backbone(nn.Module):
             if index in self.out_indices:
                 results.append(x)
         return tuple(results)
+
+
+class ByPartOfName(Model):
+    """An f-string makes the name of a head."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", "depth"), ("task", "edges")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_normals, self.head_depth, self.head_edges = self.convs
+        self.task = "normals"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(getattr(self, f"head_{self.task}")(x))
+
+
+class ByStride(Model):
+    """Numbers that are no indices: keys of a table in the forward."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("stride", 16)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up8, self.up16, _ = self.convs
+        self.stride = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu({8: self.up8, 16: self.up16}[self.stride](x))
+
+
+class ByTableMethod(ByStride):
+    """A table is asked with `get`, for what an object of the user's holds."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.stride", 16)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(stride=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu({8: self.up8, 16: self.up16}.get(self.config.stride)(x))
+
+
+class ByNone(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("active", 1), ("active", 2)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[0 if self.active is None else self.active](x))
+
+
+class ByMissing(Model):
+    """The attribute is set later."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("task", 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[getattr(self, "task", 0)](x))
+
+
+class MissingNumber(ByMissing):
+    others: ClassVar[list[tuple[str, Any]]] = [("gain", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * getattr(self, "gain", 2.0)
+
+
+class ByFraction(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("fraction", 0.4)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fraction = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[int(3 * self.fraction)](x))
+
+
+class Task(enum.Enum):
+    NORMALS = 0
+    DEPTH = 1
+
+
+class ByMember(Model):
+    """A member of an enumeration, of the class."""
+
+    task = Task.NORMALS
+    others: ClassVar[list[tuple[str, Any]]] = [("task", Task.DEPTH)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task.value](x))
+
+
+class ByDelegate(Model):
+    """The class looks in a part for what it does not have."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("part.task", 1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.task = 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("part"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task](x))
+
+
+class TwoSwitches(Model):
+    """One attribute matters once the other has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.several, self.task = False, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.task if self.several else 0](x))
+
+
+class ByEnvironment(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[int(os.getenv("SEGPOSE_TEST_TASK", "0"))](x))
+
+
+class ForwardByName(Model):
+    """A convolution runs once with the activation behind it, once without and uncalled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.last(x)) + self.last.forward(x)
+
+
+class ActsByFunction(Model):
+    """Numbers beside a function in an attribute; they choose no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.size, self.stride, self.padding, self.gain = F.relu, 3, 1, 1, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.act(self.convs[0](x)), self.size, self.stride, self.padding)
+        return self.act(self.convs[1](y)) * self.gain
+
+
+class Gauge(nn.Module):
+    """A part that has plain data in several forms, under names that tensors have too."""
+
+    offset = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.table, self.pair = 2.0, {"gain": 2.0}, (2.0,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ReadsPart(Model):
+    """What it reads of a part, as text; a graph would freeze it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.parts = Gauge(), nn.ModuleList([Gauge()])
+
+
+class PartsClassNumber(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.offset", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.offset
+
+
+class PartsMean(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.mean", 3.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.mean
+
+
+class PartsTable(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.table", {"gain": 3.0})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.table["gain"]
+
+
+class PartsPair(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.pair", (3.0,))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.part.pair[0]
+
+
+class PartsMode(ReadsPart):
+    others: ClassVar[list[tuple[str, Any]]] = [("part.training", True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * (1.0 + self.part.training)
+
+
+class PartInList(ReadsPart):
+    """`relu` is only where the tests can reach the part."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("relu.part.mean", 3.0)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu.part = self.parts[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs[0](x)) * self.parts[0].mean
+
+
+class ClassNumber(Model):
+    """A number of the class, read from the class."""
+
+    task: ClassVar[int] = 0
+    gain: ClassVar[float] = 2.0
+
+    @classmethod
+    def scaled(cls, x: Tensor) -> Tensor:
+        return x * cls.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.relu(self.convs[self.__class__.task](x)))
+
+
+class _HasShortcut(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(twice=False)
+        self.norm: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.twice:
+            x = self.last(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.relu(self.convs[0](x)) + F.relu(self.last(x))
+
+
+class SuperForward(_HasShortcut):
+    """The forward of the class above has conditions, and other layers under them."""
+
+    others: ClassVar[list[tuple[str, Any]]] = [("config.twice", True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Attributes:
+    """A configuration as common libraries write it; it cannot be copied or pickled as it is."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Any:
+        return self.values[name]
+
+    def __deepcopy__(self, memo: Any) -> Attributes:
+        return Attributes(**self.values)
+
+
+class ByAttributes(Model):
+    others: ClassVar[list[tuple[str, Any]]] = [("config.task", 1)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Attributes(task=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.convs[self.config.task](x))
+
+
+TAPS: list[Tensor] = []
+
+
+class Keeps(Model):
+    """Puts the values before the activation wherever a model may have a place for them."""
+
+    log: ClassVar[list[Tensor]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists: dict[str, list[Tensor]] = {"before": []}
+        self.queue: deque[Tensor] = deque(maxlen=3)
+        self.tables: OrderedDict[str, Tensor] = OrderedDict()
+        self.block = Block()
+        self.seen = SimpleNamespace(items=[])
+
+    def kept(self) -> list[Tensor]:
+        found = [*self.lists["before"], *self.queue, *self.tables.values(), *self.seen.items]
+        return [*found, *vars(self.block).get("before", ()), *self.log, *TAPS]
+
+    def keep(self, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        self.keep(y)
+        return self.relu(y)
+
+
+class KeepsInLists(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.lists["before"].append(y)
+
+
+class KeepsInQueue(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.queue.append(y)
+
+
+class KeepsInTable(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.tables["before"] = y
+
+
+class KeepsInPart(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.block.before = [y]
+
+
+class KeepsInListOfObject(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.seen.items.append(y)
+
+
+class KeepsInClass(Keeps):
+    def keep(self, y: Tensor) -> None:
+        self.log.append(y)
+
+
+class KeepsInFile(Keeps):
+    def keep(self, y: Tensor) -> None:
+        TAPS.append(y)
+
+
+class DrawsAndPrints(Model):
+    """Has generators of its own, uses those of all, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.tensors = np.random.default_rng(0), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("drawing")
+        gain = self.numbers.random() + torch.rand(1, generator=self.tensors).item()
+        return self.relu(self.convs[0](x)) * (gain + np.random.rand())

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import swap_choice_models as zoo
 import torch
@@ -16,7 +17,7 @@ from swap_helpers import IMAGE, activations, assert_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segpose_kernels.swap import optimize
+from segpose_kernels.swap import choices, optimize
 
 CHOOSING = [
     zoo.ByIndex,
@@ -36,6 +37,23 @@ CHOOSING = [
     zoo.PartsNumber,
     zoo.PartsNumberByName,
     zoo.BecomesTensor,
+    zoo.ByPartOfName,
+    zoo.ByStride,
+    zoo.ByTableMethod,
+    zoo.ByNone,
+    zoo.ByMissing,
+    zoo.MissingNumber,
+    zoo.ByFraction,
+    zoo.ByMember,
+    zoo.ByDelegate,
+    zoo.PartsClassNumber,
+    zoo.PartsMean,
+    zoo.PartsTable,
+    zoo.PartsPair,
+    zoo.PartsMode,
+    zoo.PartInList,
+    zoo.SuperForward,
+    zoo.ByAttributes,
 ]
 
 
@@ -68,6 +86,64 @@ def test_choice_changes_later(build: Callable[[], zoo.Model], mode: str) -> None
             assert_same(plain, model, x)
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_two_switches(mode: str) -> None:
+    model = zoo.TwoSwitches().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    x = image()
+    for change in ({}, {"several": True, "task": 1}):
+        vars(plain).update(change)
+        vars(model).update(change)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x))
+
+
+def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.ByEnvironment().double()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    x = image()
+    for task in range(3):
+        monkeypatch.setenv("SEGPOSE_TEST_TASK", str(task))
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_class_changes_later(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.ClassNumber().double().eval()
+    plain = copy.deepcopy(model)
+    optimize(model, mode=mode)
+    x = image()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+        monkeypatch.setattr(zoo.ClassNumber, "task", 1)
+        monkeypatch.setattr(zoo.ClassNumber, "gain", 3.0)
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_conditions_above_do_not_hinder() -> None:
+    """A condition in a forward that runs by super() is read like one in the forward itself."""
+    report = optimize(zoo.SuperForward())[1]
+    assert activations(report)["convs.0"] == "relu"
+
+
+def test_forward_by_name() -> None:
+    model = zoo.ForwardByName().double()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    assert_same(plain, model, image())
+
+
+def test_numbers_that_choose_nothing_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try takes time, and a model may have a hundred blocks."""
+    traced = []
+    monkeypatch.setattr(choices, "trace_forward", lambda *args, **options: traced.append(options))
+    report = optimize(zoo.ActsByFunction())[1]
+    assert sum(act == "relu" for act in activations(report).values()) == 2
+    assert not traced
+
+
 def test_every_head_is_fused() -> None:
     """Heads that a number chooses take the activation, each of them, where all are known."""
     report = optimize(zoo.ByIndex())[1]
@@ -76,6 +152,10 @@ def test_every_head_is_fused() -> None:
         "convs.1": "relu",
         "convs.2": "relu",
     }
+    for build in (zoo.ByPartOfName, zoo.ByStride, zoo.ByNone):
+        report = optimize(build())[1]
+        heads = 2 if build is zoo.ByStride else 3
+        assert sum(act == "relu" for act in activations(report).values()) == heads
 
 
 def test_backbone_by_names() -> None:
@@ -96,6 +176,15 @@ def test_backbone_by_names() -> None:
         vars(model).update(change)
         with torch.no_grad():
             torch.testing.assert_close(model(x), plain(x))
+
+
+def test_long_layers_by_names() -> None:
+    """The layers inside those that are called by names are not what the names choose."""
+    model = zoo.Backbone().eval()
+    for name in model.layer_names:
+        getattr(model, name).extend(nn.Identity() for _ in range(60))
+    report = optimize(model, mode="inference")[1]
+    assert "BatchNorm folded" in report["conv1"].reason
 
 
 class Drawn(zoo.Model):
@@ -226,3 +315,43 @@ def test_value_kept_in_an_object() -> None:
     model(x)
     plain(x)
     torch.testing.assert_close(model.seen.before, plain.seen.before)
+
+
+KEEPING = [
+    zoo.KeepsInLists,
+    zoo.KeepsInQueue,
+    zoo.KeepsInTable,
+    zoo.KeepsInPart,
+    zoo.KeepsInListOfObject,
+    zoo.KeepsInClass,
+    zoo.KeepsInFile,
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("build", KEEPING)
+def test_values_kept_elsewhere(build: Callable[[], zoo.Keeps], mode: str) -> None:
+    model = build().double().eval()
+    optimize(model, mode=mode)
+    assert model.kept() == []
+    x = image()
+    with torch.no_grad():
+        model(x)
+        (found,) = model.kept()
+        torch.testing.assert_close(found, model.convs[0](x))
+        assert found.min() < 0
+    zoo.Keeps.log.clear()
+    zoo.TAPS.clear()
+
+
+def test_numbers_and_output_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    model = zoo.DrawsAndPrints()
+
+    def states() -> list[str]:
+        numbers = [np.random.get_state(), model.numbers.bit_generator.state]
+        return [str(state) for state in (*numbers, model.tensors.get_state().tolist())]
+
+    before = states()
+    optimize(model)
+    assert states() == before
+    assert capsys.readouterr() == ("", "")

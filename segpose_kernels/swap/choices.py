@@ -3,29 +3,40 @@
 
 A number, name or list on the module may choose its layers (`self.heads[self.task]`). A trace shows
 the choice of now. Traces with other values show the others, and count as uses like it does. What
-chooses from elsewhere, such as an object of the user's, cannot be tried, and the source tells.
+chooses from elsewhere, such as an object of the user's, cannot be tried, and the source tells. So
+it does for layers that could be chosen and run in none of the traces.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import io
+import enum
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from .contents import Contents
 from .hidden import lookup
 from .links import LOOP_HELPERS
 from .rewritable import MISSING, Text, codes_of, is_plain_function, own_code, unguarded_read
 from .source import has_branches, view_of, view_self
-from .trace import ForwardTrace, UntraceableError, trace_forward
+from .trace import ForwardTrace, Missing, UntraceableError, trace_forward
 
 # Traces of one forward, in one mode; a trace takes a few milliseconds.
 _TRIES = 256
+# Methods that look something up by its first argument.
+_LOOKUPS = frozenset({"get", "pop", "get_submodule", "__getitem__"})
+_ANY = re.compile(".*")
+# Strings in the code that are longer are no names.
+_LONG = 40
+# What they tell of the input is asked for elsewhere.
+_STEADY: tuple[Any, ...] = (isinstance, issubclass, hasattr, getattr, callable, print, id, repr)
 # Entries of a list up to which each is tried with other values, beside lists of one.
 _SHORT = 4
 
@@ -34,6 +45,10 @@ def explore(traces: list[ForwardTrace]) -> tuple[list[ForwardTrace], str]:
     """Traces that differ from those of the model as it is, and why there may be more."""
     found: list[ForwardTrace] = []
     shapes: list[Any] = []
+    texts = [text for trace in traces for text in _texts(trace)]
+    if traces and not any(_selections(text) for text in texts):
+        # What the forward runs is written in it, and conditions are looked at elsewhere.
+        return [], next((reason for trace in traces if (reason := _why_unseen(trace))), "")
     if reason := next((reason for trace in traces if (reason := _why_not_tried(trace))), ""):
         return [], reason
     for trace in traces:
@@ -45,7 +60,19 @@ def explore(traces: list[ForwardTrace]) -> tuple[list[ForwardTrace], str]:
         found += [other for _, other in tries.found]
         if tries.left <= 0:
             return found, f"self.{', self.'.join(tries.choosing)} choose among too many layers"
-    return found, next((reason for trace in traces if (reason := _why_unseen(trace))), "")
+    ran = traces + found
+    reason = next((reason for trace in ran if (reason := _why_unseen(trace))), "")
+    return found, reason or _why_not_all_ran(ran)
+
+
+def _texts(trace: ForwardTrace) -> list[Text]:
+    """The source of all code that ran."""
+    own = own_code(trace)
+    return [
+        Text(view, scope, trace.owner, view_self(view) if code in own else "")
+        for code, scope in codes_of(trace).items()
+        if (view := view_of(code)) is not None
+    ]
 
 
 def _why_not_tried(trace: ForwardTrace) -> str:
@@ -63,6 +90,7 @@ class _Tries:
     def __init__(self, trace: ForwardTrace) -> None:
         self.trace = trace
         self.shape = _shape(trace)
+        self.contents = Contents(trace.owner)
         self.left = _TRIES
         self.found: list[tuple[dict[str, Any], ForwardTrace]] = []
         # For each attribute that matters, the values that showed it.
@@ -75,8 +103,9 @@ class _Tries:
         if self.left <= 0:
             return False
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # a forward may print
-                other = trace_forward(trace.owner, trace.name, trace.training, given=given)
+            other = trace_forward(
+                trace.owner, trace.name, trace.training, given=given, contents=self.contents
+            )
         except UntraceableError as error:
             return isinstance(error.__cause__, (LookupError, AttributeError))
         if _shape(other) == self.shape:
@@ -114,6 +143,10 @@ def _probes(value: Any) -> list[Any]:
     """A few values that show whether it matters which one it is."""
     if isinstance(value, bool):
         return [not value]
+    if value is None or value is Missing:
+        return [True, 1, "?"]
+    if isinstance(value, enum.Enum):
+        return [one for one in type(value) if one is not value]
     if isinstance(value, int):
         return [value + 1, value - 1, 0]
     if isinstance(value, float):
@@ -128,14 +161,24 @@ def _probes(value: Any) -> list[Any]:
 
 def _others(trace: ForwardTrace, value: Any) -> Iterator[Any]:
     """Every value that could choose something else."""
-    containers = [module for module in trace.owner._modules.values() if module is not None]
-    if isinstance(value, (bool, float)):
+    containers = _containers(trace)
+    names = dict.fromkeys(name for module in containers for name in module._modules)
+    if isinstance(value, (bool, float, enum.Enum)):
         return
-    if isinstance(value, int):
+    if value is None or value is Missing:
+        yield from range(2, max(len(m._modules) for m in (trace.owner, *containers)) + 1)
+        yield from names
+    elif isinstance(value, int):
         yield from range(1, max(len(m._modules) for m in (trace.owner, *containers)) + 1)
+        for part in _within_names(str(value), (*trace.owner._modules, *names)):
+            with contextlib.suppress(ValueError):
+                yield int(part)
+        yield from _written(trace, int)
     elif isinstance(value, str):
         yield from _alternatives(trace, value)
-        yield from dict.fromkeys(name for module in containers for name in module._modules)
+        yield from names
+        yield from _within_names(value, (*trace.owner._modules, *names))
+        yield from _written(trace, str)
     elif value:
         kind = type(value)
         yield kind()
@@ -143,6 +186,19 @@ def _others(trace: ForwardTrace, value: Any) -> Iterator[Any]:
             yield kind([one])
             for place in range(len(value)) if len(value) <= _SHORT else ():
                 yield kind([*value[:place], one, *value[place + 1 :]])
+
+
+def _containers(trace: ForwardTrace) -> list[nn.Module]:
+    """What an index or a key may look into: not the layers of every Sequential that is called."""
+    found: list[nn.Module] = [
+        module
+        for module in trace.owner._modules.values()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    ]
+    for text in _texts(trace):
+        for _, sources, _ in _selecting(text):
+            found += [base for one in sources if (base := _module_at(one, text)) is not None]
+    return [module for module in dict.fromkeys(found) if module is not trace.owner]
 
 
 def _alternatives(trace: ForwardTrace, name: str) -> Iterator[str]:
@@ -154,6 +210,27 @@ def _alternatives(trace: ForwardTrace, name: str) -> Iterator[str]:
             yield other
 
 
+def _within_names(part: str, names: Iterable[str]) -> Iterator[str]:
+    """What stands in other names where `part` does in one, such as depth of head_depth."""
+    names = list(names)
+    for name in names:
+        before, found, after = name.partition(part)
+        if part and found and (before or after):
+            for other in names:
+                if other.startswith(before) and other.endswith(after) and other != name:
+                    yield other[len(before) : len(other) - len(after)]
+
+
+def _written(trace: ForwardTrace, kind: type) -> Iterator[Any]:
+    """Constants of that type in the code that ran, such as the keys of a table."""
+    waiting = [constant for code in codes_of(trace) for constant in code.co_consts[1:]]
+    for constant in waiting:
+        if type(constant) in (tuple, frozenset):
+            waiting += constant
+        elif type(constant) is kind and len(str(constant)) < _LONG:
+            yield constant
+
+
 def _why_unseen(trace: ForwardTrace) -> str:
     """Why what is chosen cannot be tried; empty if nothing is."""
     own = own_code(trace)
@@ -161,51 +238,165 @@ def _why_unseen(trace: ForwardTrace) -> str:
     for code in trace.handed - own - inner:
         if has_branches(code):
             return f"{code.co_name}(), which is given modules, branches"
-    texts = [
-        Text(view, scope, trace.owner, view_self(view) if code in own else "")
-        for code, scope in codes_of(trace).items()
-        if (view := view_of(code)) is not None
-    ]
+    texts = _texts(trace)
     source = ""
     if trace.draws:
         source = "random numbers"
     elif trace.opaque_reads:
         source = f"self.{min(trace.opaque_reads)}"
+    elif any(set(code.co_freevars) - {"__class__"} for code in codes_of(trace).keys() - inner):
+        source = "a variable of the function that made the forward"
     else:
-        source = next((reason for text in texts if (reason := unguarded_read(text))), "")
-        source = source.removeprefix("reads ")
+        reasons = (unguarded_read(text) or _unsteady_call(text) for text in texts)
+        source = next((reason for reason in reasons if reason), "").removeprefix("reads ")
     if source:
         for text in texts:
-            if choice := _selection(text):
-                return f"{source} may choose what {choice} is"
+            for choice in _selections(text):
+                return f"{source} may choose what {choice.written} is"
     return ""
 
 
-def _selection(text: Text) -> str:
-    """An expression that may give another layer, or another number of them, in another run."""
+def _unsteady_call(text: Text) -> str:
+    """A call whose result may be another one in another run, such as os.getenv()."""
+    for node in text.nodes():
+        if isinstance(node, ast.Call):
+            value = text.value_of(node.func)
+            if value is not MISSING and value not in _STEADY and not is_plain_function(value):
+                return ast.unparse(node)
+    return ""
+
+
+def _why_not_all_ran(traces: list[ForwardTrace]) -> str:
+    """A layer that could be chosen and was in none of the traces: what chooses it is not known."""
+    ran = {part for trace in traces for part in trace.called.values()}
+    for text in (text for trace in traces for text in _texts(trace)):
+        for choice in _selections(text):
+            for part in choice.parts:
+                if ran.isdisjoint(part.modules()) and not isinstance(part, nn.modules.loss._Loss):
+                    names = text.owner.named_modules()
+                    name = next(name for name, one in names if one is part)
+                    return f"{choice.written} may be {name}, which did not run"
+    return ""
+
+
+@dataclass
+class _Selection:
+    """An expression that may give another layer, or another number of them, in another run; the
+    layers that it may give, as far as the source tells.
+    """
+
+    written: str
+    parts: list[nn.Module]
+
+
+def _selections(text: Text) -> list[_Selection]:
+    found: list[_Selection] = []
+    for node, sources, key in _selecting(text):
+        parts: list[nn.Module] = []
+        for source in sources:
+            base = _module_at(source, text)
+            if base is not None:
+                parts += [
+                    part
+                    for name, part in base._modules.items()
+                    if part is not None and key.fullmatch(name)
+                ]
+            else:
+                parts += _handed_on(text)
+        found.append(_Selection(ast.unparse(node), parts))
+    return found
+
+
+def _pattern(node: ast.expr) -> re.Pattern[str]:
+    """What names an expression may give: all of those, but for an f-string."""
+    if not isinstance(node, ast.JoinedStr):
+        return _ANY
+    parts = (
+        re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*"
+        for part in node.values
+    )
+    return re.compile("".join(parts))
+
+
+def _module_at(node: ast.expr, text: Text) -> nn.Module | None:
+    """The part of the owner that a chain of attributes from self stands for."""
+    if isinstance(node, ast.Name):
+        return text.owner if text.self_name and node.id == text.self_name else None
+    if not isinstance(node, ast.Attribute):
+        return None
+    base = _module_at(node.value, text)
+    if base is not None and node.attr == "_modules":
+        return base
+    value = lookup(base, node.attr) if base is not None else None
+    return value if isinstance(value, nn.Module) else None
+
+
+def _handed_on(text: Text) -> list[nn.Module]:
+    """Parts that the code names as values, and all that are in lists of them."""
+    passed_over: set[ast.AST] = set()
+    found: list[nn.Module] = []
+    for node in text.nodes():  # outer nodes come first
+        if isinstance(node, ast.Attribute):
+            passed_over.add(node.value)
+        elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            passed_over.add(node.test)
+        elif isinstance(node, ast.Compare):
+            passed_over |= {node.left, *node.comparators}
+        elif isinstance(node, ast.UnaryOp):
+            passed_over.add(node.operand)
+        elif isinstance(node, ast.Call):
+            passed_over.add(node.func)
+            if text.value_of(node.func) in (len, isinstance, hasattr):
+                passed_over.update(node.args)
+        if isinstance(node, ast.Attribute) and node not in passed_over:
+            module = _module_at(node, text)
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                found += [part for part in module._modules.values() if part is not None]
+            elif module is not None:
+                found.append(module)
+    return found
+
+
+def _selecting(text: Text) -> Iterator[tuple[ast.AST, list[ast.expr], re.Pattern[str]]]:
+    """Expressions that select, what from, and what name that has there."""
     counters: set[str] = set()
     for node in text.nodes():
         if isinstance(node, (ast.For, ast.comprehension)) and _is_whole(node.iter, text):
             counters |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)}
     for node in text.nodes():
-        parts: list[ast.expr] = []
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
-            parts = [node.slice]
+            if _varies(node.slice, counters):
+                yield node, [node.value], _ANY
         elif isinstance(node, (ast.For, ast.comprehension)):
-            parts = [] if _is_whole(node.iter, text) or _is_local(node.iter) else [node.iter]
+            whole = _is_whole(node.iter, text) or _is_local(node.iter)
+            if not whole and _varies(node.iter, counters):
+                yield node.iter, [], _ANY
         elif isinstance(node, ast.Call):
-            called = text.value_of(node.func)
-            if called is getattr or called is range:
-                parts = node.args[called is getattr :]
+            called, method = text.value_of(node.func), getattr(node.func, "attr", "")
+            if called is getattr and len(node.args) > 1 and _varies(node.args[1], counters):
+                yield node, node.args[:1], _pattern(node.args[1])
+            elif called is range and any(_varies(part, counters) for part in node.args):
+                yield node, [], _ANY
+            elif called is next and not _gives_tensors(node.args[0]):
+                yield node, [node.args[0]], _ANY
+            elif called is MISSING and method in _LOOKUPS and isinstance(node.func, ast.Attribute):
+                if any(_varies(part, counters) for part in node.args[:1]):
+                    yield node, [node.func.value], _ANY
             elif (
                 called is not MISSING
                 and not is_plain_function(called)
-                and any(_is_whole(argument, text) for argument in node.args)
+                and (whole_ones := [part for part in node.args if _is_whole(part, text)])
             ):
-                return ast.unparse(node)  # such as random.choice(self.layers)
-        if any(_varies(part, counters) for part in parts):
-            return ast.unparse(node.iter if isinstance(node, ast.comprehension) else node)
-    return ""
+                yield node, whole_ones, _ANY  # such as random.choice(self.layers)
+
+
+def _gives_tensors(node: ast.expr) -> bool:
+    """Whether it is a call such as self.parameters()."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("parameters", "buffers")
+    )
 
 
 def _is_local(node: ast.expr) -> bool:

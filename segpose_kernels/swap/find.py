@@ -153,6 +153,9 @@ def _trace_all(
             hidden.setdefault(key, reason)
         others, choices[id(module)] = explore(own)
         traces += own + others
+        for part in (part for trace in own + others for part in trace.direct):
+            reason = f"also runs in {name or type(module).__name__} by the name of its forward"
+            hidden.setdefault(module_key(part), reason)
     return traces, untraceable, hidden, choices
 
 

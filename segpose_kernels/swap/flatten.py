@@ -8,6 +8,7 @@ into `Guards`, which are looked at before every run.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .find import has_forward
 from .forward import OwnForward
 from .pieces import INFERENCE_TYPES, AbsorbedActivation, AbsorbedCall, FoldedBatchNorm2d
 from .rewritable import why_not_rewritable
-from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
+from .trace import AttributeCall, ForwardTrace, Missing, UntraceableError, trace_forward
 from .unchanged import Unchanged
 
 _IDENTITIES = (AbsorbedActivation, FoldedBatchNorm2d, nn.Identity)
@@ -152,7 +153,10 @@ class _Flattener:
         own = getattr(type(owner).forward, "__code__", None)
         self.calls_code |= trace.entered is None or any(code is not own for code in trace.entered)
         for name, value in trace.reads.items():
-            self.guards.equal(owner, name, value)
+            if value is Missing:
+                self.guards.answer(functools.partial(hasattr, owner, name), False)
+            else:
+                self.guards.equal(owner, name, value)
         inputs = iter(arguments)
         env: dict[fx.Node, Any] = {}
         for node in trace.graph.nodes:

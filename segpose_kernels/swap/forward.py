@@ -24,9 +24,7 @@ from .eligible import why_not_plain
 from .find import Pair
 from .pieces import call_convolution
 from .rewritable import why_not_rewritable
-from .trace import AttributeCall, ForwardTrace, UntraceableError, trace_forward
-
-_MISSING = object()
+from .trace import AttributeCall, ForwardTrace, Missing, UntraceableError, trace_forward
 
 
 class OwnForward:
@@ -115,7 +113,7 @@ class RewrittenForward(OwnForward):
     def _holds(self) -> bool:
         owner = self.owner
         return (
-            all(_same(getattr(owner, name, _MISSING), value) for name, value in self.reads.items())
+            all(_same(getattr(owner, name, Missing), value) for name, value in self.reads.items())
             and all(
                 (owner._modules.get(name) is None) == missing
                 for name, missing in self.parts.items()

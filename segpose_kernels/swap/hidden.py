@@ -52,8 +52,12 @@ def hidden_uses(owner: nn.Module, name: str, traces: Iterable[ForwardTrace]) -> 
     traces = list(traces)
     executed = _executed_regions(traces)
     functions = list(methods_of(owner))
+    ran_too = {code for code, _ in executed}
+    for function in methods_of(owner, overridden=True):  # by super()
+        if function not in functions and function.__code__ in ran_too:
+            functions.append(function)
     views = {function.__code__: view_of(function.__code__) for function in functions}
-    by_name = {function.__name__: function.__code__ for function in functions}
+    by_name = {function.__name__: function.__code__ for function in reversed(functions)}
     forward_like = _reachable_methods("forward", by_name, views)
     setup = _reachable_methods("__init__", by_name, views) - forward_like
     found: dict[Key, str] = {}
@@ -63,7 +67,7 @@ def hidden_uses(owner: nn.Module, name: str, traces: Iterable[ForwardTrace]) -> 
         if function.__name__ in _SETUP or function.__name__ in setup:
             continue
         where = f"{label}.{function.__name__}()"
-        in_forward = function.__name__ in forward_like
+        in_forward = function.__name__ in forward_like or code in ran_too
         view = views[code]
         ran = any(key[0] is code for key in executed)
         if view is None:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activation import LEAKY_FUNCTIONS, RELU_FUNCTIONS
+from .contents import is_users_object
 from .source import FunctionView, has_branches, methods_of, view_of, view_self
 from .trace import MODULE_STATE, PLAIN, ForwardTrace
 
@@ -170,7 +171,7 @@ def own_code(trace: ForwardTrace) -> set[CodeType]:
     """Of methods that get the owner as their first argument."""
     forward = inspect.unwrap(type(trace.owner).forward)
     codes = {forward.__code__} if isinstance(forward, FunctionType) else set()
-    for function in methods_of(trace.owner):
+    for function in methods_of(trace.owner, overridden=True):
         kept = inspect.getattr_static(type(trace.owner), function.__name__, None)
         if not isinstance(kept, (staticmethod, classmethod)):
             codes.add(function.__code__)
@@ -270,10 +271,17 @@ def unguarded_read(text: Text) -> str:
     for node in text.nodes():
         if not isinstance(node, (ast.Attribute, ast.Name)) or not isinstance(node.ctx, ast.Load):
             continue
-        if isinstance(node, ast.Attribute) and node.attr in held:
+        if isinstance(node, ast.Attribute):
+            of_self = isinstance(node.value, ast.Name) and node.value.id == text.self_name != ""
             root = _chain_root(node)
-            of_self = isinstance(node.value, ast.Name) and root == text.self_name
-            if root in text.local and not of_self:
+            # Where the name says nothing of what it is read from, it may be a tensor.
+            of_other = root in text.local and node.attr in held and not of_self
+            if of_other and (root == view_self(text.view) or not hasattr(torch.Tensor, node.attr)):
+                return f"reads {ast.unparse(node)}"
+            parts = [] if of_self else _parts_at(node.value, text)
+            if any(_is_data(part, node.attr) for part in parts):
+                return f"reads {ast.unparse(node)}"
+            if _is_class(node.value) and _is_class_data(text.owner, node):
                 return f"reads {ast.unparse(node)}"
         value = text.value_of(node)
         name = node.attr if isinstance(node, ast.Attribute) else node.id
@@ -284,17 +292,66 @@ def unguarded_read(text: Text) -> str:
 
 def _held_by_parts(owner: nn.Module) -> set[str]:
     """Names under which modules inside the owner hold plain data, other than what tensors have."""
-    return {
-        name
-        for module in owner.modules()
-        if module is not owner
-        for name, value in vars(module).items()
-        if isinstance(value, PLAIN) and name not in MODULE_STATE and not hasattr(torch.Tensor, name)
-    }
+    parts = [module for module in owner.modules() if module is not owner]
+    names = {name for module in parts for name in vars(module) if _is_data(module, name)}
+    for kind in {kind for module in parts for kind in _own_classes(module)}:
+        names |= {name for name, value in vars(kind).items() if _is_constant(name, value)}
+    return names
+
+
+def _own_classes(module: nn.Module) -> list[type]:
+    """The classes of a module, torch's left out."""
+    kinds = type(module).__mro__
+    return [
+        kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")
+    ]
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    """Whether what a class has is data, and may change."""
+    return not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__"))
+
+
+def _is_data(module: nn.Module, name: str) -> bool:
+    """Whether a module has plain data or a function under that name, itself or in its class."""
+    if name in vars(module):
+        return name not in MODULE_STATE or name == "training"
+    return any(
+        name in vars(kind) and _is_constant(name, vars(kind)[name]) for kind in _own_classes(module)
+    )
+
+
+def _parts_at(node: ast.expr, text: Text) -> list[nn.Module]:
+    """The modules that an expression such as self.blocks[0].conv may stand for."""
+    if isinstance(node, ast.Name):
+        return [text.owner] if node.id == text.self_name != "" else []
+    if isinstance(node, ast.Subscript):
+        found = [list(base._modules.values()) for base in _parts_at(node.value, text)]
+        return [part for parts in found for part in parts if part is not None]
+    if not isinstance(node, ast.Attribute):
+        return []
+    named = [base._modules.get(node.attr) for base in _parts_at(node.value, text)]
+    return [part for part in named if part is not None]
+
+
+def _is_class(node: ast.expr) -> bool:
+    """Whether it is what code calls the class of something."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "type"
+    return (isinstance(node, ast.Name) and node.id == "cls") or (
+        isinstance(node, ast.Attribute) and node.attr == "__class__"
+    )
+
+
+def _is_class_data(owner: nn.Module, node: ast.Attribute) -> bool:
+    value = inspect.getattr_static(type(owner), node.attr, None)
+    return value is None or _is_constant(node.attr, value)
 
 
 def _stays(value: Any, name: str) -> bool:
     """Whether a global is one that programs do not change: code, or a constant by its name."""
+    if isinstance(value, nn.Module) or (callable(value) and is_users_object(value)):
+        return False
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
         return True
     if isinstance(value, (*PLAIN, tuple, frozenset)):
@@ -303,8 +360,8 @@ def _stays(value: Any, name: str) -> bool:
 
 
 def _chain_root(node: ast.expr) -> str:
-    while isinstance(node, ast.Attribute):
-        node = node.value
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
     return _root_name(node)
 
 
@@ -317,7 +374,15 @@ def _root_name(node: ast.expr) -> str:
 
 def _reads_only_self(test: ast.expr, text: Text) -> bool:
     """Whether a condition reads only constants and what is compared at each call."""
+    members = {
+        name
+        for node in ast.walk(test)
+        if isinstance(node, ast.Attribute) and isinstance(text.value_of(node), enum.Enum)
+        for name in ast.walk(node)
+    }
     for node in ast.walk(test):
+        if node in members:
+            continue
         if isinstance(node, ast.Name) and node.id not in text.plain | {text.self_name}:
             return False
         if isinstance(node, (ast.Call, ast.Subscript, ast.NamedExpr, ast.Lambda)):

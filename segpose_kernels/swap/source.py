@@ -104,16 +104,16 @@ def has_branches(code: CodeType) -> bool:
     return any("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code))
 
 
-def methods_of(owner: nn.Module) -> Iterator[FunctionType]:
+def methods_of(owner: nn.Module, *, overridden: bool = False) -> Iterator[FunctionType]:
     """The functions of a module's own classes that its instances would run, torch's classes left
-    out.
+    out; `overridden`: and those that only super() would find.
     """
     seen: set[str] = set()
     for kind in type(owner).__mro__:
         if kind.__module__.split(".")[0] == "torch" or kind is object:
             continue
         for name, value in vars(kind).items():
-            if name in seen:
+            if name in seen and not overridden:
                 continue
             seen.add(name)
             if isinstance(value, (staticmethod, classmethod)):

@@ -7,13 +7,16 @@ copy, so that a forward which writes attributes leaves no trace of its own in th
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import enum
+import functools
 import gc
-import inspect
+import io
 import operator
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -23,11 +26,16 @@ import torch
 from torch import fx, nn
 
 from .activation import is_activation_function
+from .contents import Contents, generator_copy, is_users_object, shallow_copy
 from .pieces import AbsorbedCall
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Missing:
+    """Stands for the value of an attribute that is not there."""
 
 
 class AttributeCall:
@@ -38,6 +46,10 @@ class AttributeCall:
         self.function = function
         self.__name__ = attribute
         self.__module__ = __name__
+
+    def __repr__(self) -> str:
+        """The same in every trace, so that graphs can be compared."""
+        return f"self.{self.attribute}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
@@ -77,6 +89,7 @@ class ForwardTrace:
         entered: code of functions that ran, with their globals, those of torch, of this package and
             of Python left out; None where another profiler watched, which keeps its place.
         handed: those of them that were given a module.
+        direct: modules whose `forward` ran by its name instead of by a call, which leaves no node.
         tried: the attribute that had another value than in the model; empty for the model as it is.
     """
 
@@ -94,6 +107,7 @@ class ForwardTrace:
     draws: bool = False
     entered: dict[CodeType, dict[str, Any]] | None = None
     handed: frozenset[CodeType] = frozenset()
+    direct: tuple[nn.Module, ...] = ()
     tried: str = ""
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
@@ -112,24 +126,34 @@ def trace_forward(
     *,
     seed: int = 0,
     given: dict[str, Any] | None = None,
+    contents: Contents | None = None,
 ) -> ForwardTrace:
     """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input, and
-    the attributes in `given` have other values than in the module.
+    the attributes in `given` have other values than in the module. `contents`: the owner's, for
+    many traces of it.
 
     Raises:
         UntraceableError: with the first line of what went wrong.
     """
     reads: dict[str, Any] = {}
     opaque: set[str] = set()
+    contents = contents or Contents(owner)
     clone, recorded = _recording_copy(owner, training, reads, opaque)
     vars(clone).update(given or {})
     tracer = _OneLevelTracer()
     before = set(vars(clone))
     entered: dict[CodeType, dict[str, Any]] = {}
     handed: set[CodeType] = set()
+    direct: list[nn.Module] = []
 
     def enter(frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+        if event != "call":
+            return
+        if frame.f_code.co_name == "forward":
+            ran = frame.f_locals.get("self")
+            if isinstance(ran, nn.Module) and ran is not clone:
+                direct.append(ran)
+        if frame.f_code.co_filename.startswith((_TORCH, _HERE)):
             return
         # What was generated, such as a dataclass's __init__, has no file.
         name = str(frame.f_globals.get("__name__", ""))
@@ -146,7 +170,10 @@ def trace_forward(
     collecting = gc.isenabled()
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as silence:
+        # A forward may print.
+        silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         numpy_state = _numpy_state()
@@ -154,7 +181,7 @@ def trace_forward(
             start = _modes()
             gc.disable()
             if not watched:
-                sys.setprofile(enter)
+                tracer.begin = functools.partial(sys.setprofile, enter)
             graph = tracer.trace(clone)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
             first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
@@ -167,6 +194,10 @@ def trace_forward(
             recorded.clear()
             draws = _have_drawn(seed, numpy_state)
             random.setstate(python_state)
+            if draws and numpy_state is not None:
+                sys.modules["numpy"].random.set_state(numpy_state)
+            # Only as it is put back does one see where else values were kept.
+            stored = list(contents.put_back())
     trace = ForwardTrace(
         owner, name, training, graph, tracer.sites, tracer.called, start, {}, reads, opaque
     )
@@ -175,11 +206,14 @@ def trace_forward(
     )
     trace.draws = draws
     trace.entered, trace.handed = None if watched else entered, frozenset(handed)
+    trace.direct = tuple(direct)
     trace.tried = ", ".join(given or {})
     for attribute, value in vars(clone).items():
-        parts = vars(value) if _is_users_object(value) else value
-        for proxy in _proxies(parts):
+        for proxy in _kept_proxies(value):
             trace.stashed[proxy.node] = attribute
+    for place, value in stored:
+        for proxy in _kept_proxies(value):
+            trace.stashed.setdefault(proxy.node, place)
     return trace
 
 
@@ -192,14 +226,13 @@ def _have_drawn(seed: int, numpy_state: Any) -> bool:
     return (
         python != random.getstate()
         or not torch.equal(own.get_state(), torch.default_generator.get_state())
-        or numpy_state != _numpy_state()
+        or str(numpy_state) != str(_numpy_state())
     )
 
 
 def _numpy_state() -> Any:
-    """NumPy's makes many numbers at a time and counts those that it has given."""
     numpy = sys.modules.get("numpy")
-    return numpy.random.get_state()[2] if numpy is not None else None
+    return numpy.random.get_state() if numpy is not None else None
 
 
 def _holds_module(value: Any, depth: int = 2) -> bool:
@@ -209,18 +242,6 @@ def _holds_module(value: Any, depth: int = 2) -> bool:
         items = value.values() if isinstance(value, dict) else value
         return any(_holds_module(item, depth - 1) for item in list(items))
     return False
-
-
-def _is_users_object(value: Any) -> bool:
-    """Whether it is a plain object with attributes, of a class written in Python."""
-    kind = type(value)
-    return (
-        kind.__module__.partition(".")[0] not in ("torch", "builtins", __name__.partition(".")[0])
-        and inspect.getattr_static(kind, "__reduce_ex__") is vars(object)["__reduce_ex__"]
-        and not isinstance(value, (type, nn.Module, torch.Tensor, fx.Proxy))
-        and not hasattr(kind, "__slots__")
-        and isinstance(getattr(value, "__dict__", None), dict)
-    )
 
 
 class _InplaceProxy(fx.Proxy):
@@ -249,6 +270,10 @@ for _name in (
     setattr(_InplaceProxy, f"__{_name}__", _record_inplace(getattr(operator, _name)))
 
 
+def _nothing() -> None:
+    pass
+
+
 class _OneLevelTracer(fx.Tracer):
     """Every module is a leaf; each node remembers where it was made."""
 
@@ -258,6 +283,13 @@ class _OneLevelTracer(fx.Tracer):
         super().__init__()
         self.sites: dict[fx.Node, Site] = {}
         self.called: dict[fx.Node, nn.Module] = {}
+        # Called when all is ready for the forward.
+        self.begin: Callable[[], None] = _nothing
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        ready = super().create_args_for_root(*args, **kwargs)
+        self.begin()
+        return ready
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -303,9 +335,16 @@ def _proxies(value: Any, depth: int = 2) -> Iterator[fx.Proxy]:
     elif depth and isinstance(value, dict):
         for item in list(value.values()):
             yield from _proxies(item, depth - 1)
-    elif depth and type(value) in (list, tuple, set):
+    elif depth and isinstance(value, (list, tuple, set, deque)):
         for item in list(value):
             yield from _proxies(item, depth - 1)
+
+
+def _kept_proxies(value: Any) -> Iterator[fx.Proxy]:
+    """Those in a value and, if it is a user's object, in its attributes."""
+    yield from _proxies(value)
+    if is_users_object(value):
+        yield from _proxies(vars(value))
 
 
 def _modes() -> tuple[bool, ...]:
@@ -339,7 +378,23 @@ def _recording_copy(
             )
         return value
 
-    kind = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+    def read_missing(self: Any, attribute: str) -> Any:
+        """What a class with a `__getattr__` of its own finds elsewhere, or nothing."""
+        tables = (object.__getattribute__(self, name) for name in _TABLES)
+        noted = recording and not attribute.startswith("__") and attribute not in MODULE_STATE
+        noted = noted and not any(attribute in table for table in tables)
+        try:
+            value = base.__getattr__(self, attribute)
+        except AttributeError:
+            if noted:
+                reads.setdefault(attribute, Missing)
+            raise
+        if noted:
+            _note(attribute, value, True, reads, opaque)
+        return value
+
+    members = {"__getattribute__": read, "__getattr__": read_missing, "__module__": base.__module__}
+    kind = type(base.__name__, (base,), members)
     clone: nn.Module = object.__new__(kind)
     state = object.__getattribute__(clone, "__dict__")
     for key, value in vars(owner).items():
@@ -347,9 +402,11 @@ def _recording_copy(
             value = value.copy()
         elif is_activation_function(value):
             value = AttributeCall(key, value)
-        elif _is_users_object(value):
+        elif is_users_object(value):
             # A forward may put values into it.
-            value = copy.copy(value)
+            value = shallow_copy(value)
+        else:
+            value = generator_copy(value)
         state[key] = value
     state["training"] = training
     state.pop("forward", None)
@@ -359,16 +416,17 @@ def _recording_copy(
 def _note(
     attribute: str, value: Any, on_instance: bool, reads: dict[str, Any], opaque: set[str]
 ) -> None:
-    if isinstance(value, PLAIN):
+    if isinstance(value, (*PLAIN, enum.Enum)):
         reads.setdefault(attribute, value)
     elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
         reads.setdefault(attribute, value.copy() if isinstance(value, list) else value)
     elif isinstance(value, (AttributeCall, AbsorbedCall, nn.Module, fx.Proxy)):
         return
     # Of a class, tables and objects; its methods and properties are code.
-    elif on_instance or isinstance(value, (tuple, list, dict, set)) or _is_users_object(value):
+    elif on_instance or isinstance(value, (tuple, list, dict, set)) or is_users_object(value):
         opaque.add(attribute)
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
 # Read by nn.Module itself on every call; `training` has a graph for each of its values.
 MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
