@@ -760,3 +760,33 @@ class DrawsAndPrints(Model):
         print("drawing")
         gain = self.numbers.random() + torch.rand(1, generator=self.tensors).item()
         return self.relu(self.convs[0](x)) * (gain + np.random.rand())
+
+
+class FlagArgument(Model):
+    """The caller says what it wants; each layer is followed by its activation whatever he says."""
+
+    def forward(self, x: Tensor, features: bool = False, deep: bool = True) -> Any:
+        x = self.relu(self.convs[0](x))
+        kept = [x]
+        if deep:
+            x = self.relu(self.convs[1](x))
+            kept.append(x)
+        y = self.last(x)
+        return (y, kept) if features else y
+
+
+class FlagLeavesActivationOut(Model):
+    def forward(self, x: Tensor, logits: bool = False) -> Tensor:
+        x = self.relu(self.convs[0](x))
+        x = self.convs[1](x)
+        return x if logits else self.relu(x)
+
+
+class FlagLeavesEarly(Model):
+    def forward(self, x: Tensor, early: bool = True) -> Tensor:
+        x = self.relu(self.convs[0](x))
+        if early:
+            return x
+        for conv in self.convs:
+            x = conv(x)
+        return self.relu(x)

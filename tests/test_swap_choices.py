@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -355,3 +356,45 @@ def test_numbers_and_output_stay(capsys: pytest.CaptureFixture[str]) -> None:
     optimize(model)
     assert states() == before
     assert capsys.readouterr() == ("", "")
+
+
+class Scripted(zoo.Model):
+    """As models that can be scripted are written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.convs[0](x))
+        if torch.jit.is_scripting():
+            return x
+        return F.relu(self.last(x))
+
+
+def test_asking_for_scripts_is_no_obstacle() -> None:
+    model = Scripted().double().eval()
+    plain = copy.deepcopy(model)
+    report = optimize(model, mode="inference")[1]
+    assert activations(report)["convs.0"] == activations(report)["last"] == "relu"
+    assert "one graph: 2 convolutions" in str(report)
+    x = image()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize(
+    "build", [zoo.FlagArgument, zoo.FlagLeavesActivationOut, zoo.FlagLeavesEarly]
+)
+def test_an_argument_decides(build: Callable[[], zoo.Model], mode: str) -> None:
+    model = build().double().eval()
+    plain = copy.deepcopy(model)
+    report = optimize(model, mode=mode)[1]
+    x = image()
+    with torch.set_grad_enabled(mode == "train"):
+        for given in ((), (False,), (True,), (1,), (None,), (True, False)):
+            if len(given) <= len(inspect.signature(model.forward).parameters) - 1:
+                found, expected = model(x, *given), plain(x, *given)
+                torch.testing.assert_close(found, expected)
+    if build is zoo.FlagArgument:
+        assert activations(report)["convs.0"] == activations(report)["convs.1"] == "relu"
+        assert report.memory_format == "channels_last"
+    else:
+        assert set(activations(report).values()) == {"none"}

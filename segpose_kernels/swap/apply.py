@@ -268,6 +268,7 @@ def _apply(
     filters: FilterCache | None,
 ) -> None:
     fused: dict[int, Fused] = {}
+    places = _Places(analysis.model, journal)
     for identity, plan in analysis.convs.items():
         if plan.left_alone:
             continue
@@ -280,9 +281,9 @@ def _apply(
             passing = FoldedBatchNorm2d.__new__(FoldedBatchNorm2d)
             # Both follow a conversion or a loaded checkpoint.
             take_place(passing, plan.batch_norm)
-            _replace_everywhere(analysis, plan.batch_norm, passing, journal)
+            places.replace(plan.batch_norm, passing)
             journal.folds.append((new, passing))
-        _replace_everywhere(analysis, plan.module, new, journal)
+        places.replace(plan.module, new)
     if journal.folds:
         journal.hook_loading()
     modules = {id(module): module for module in analysis.model.modules()}
@@ -297,7 +298,7 @@ def _apply(
         if old is not None:
             passing_on = AbsorbedActivation(f"{type(old).__name__} inside {inside}")
             take_place(passing_on, old)
-            _replace_everywhere(analysis, old, passing_on, journal)
+            places.replace(old, passing_on)
         else:
             owner = owners[key[1]]
             text = f"{plans[0].activation} inside {inside}"
@@ -309,7 +310,7 @@ def _apply(
             if is_pool2x2(module) and not why_not_plain(module):
                 pool = MaxPool2x2()
                 take_place(pool, module)
-                _replace_everywhere(analysis, module, pool, journal)
+                places.replace(module, pool)
 
 
 def _chain(model: nn.Module, journal: Journal, backend: str) -> None:
@@ -339,14 +340,20 @@ def _absorbing(analysis: Analysis) -> dict[Key, list[ConvPlan]]:
     }
 
 
-def _replace_everywhere(
-    analysis: Analysis, old: nn.Module, new: nn.Module, journal: Journal
-) -> None:
-    """In every position of the module tree; a module may have several names."""
-    for parent in list(analysis.model.modules()):
-        for attribute, child in parent._modules.items():
-            if child is old:
-                journal.replace_module(parent, attribute, new)
+class _Places:
+    """Where each module of the tree is; a module may have several names."""
+
+    def __init__(self, model: nn.Module, journal: Journal) -> None:
+        self.journal = journal
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for attribute, child in parent._modules.items():
+                self.places.setdefault(id(child), []).append((parent, attribute))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """In every position."""
+        for parent, attribute in self.places[id(old)]:
+            self.journal.replace_module(parent, attribute, new)
 
 
 def _why_weights_stay(model: nn.Module) -> str:

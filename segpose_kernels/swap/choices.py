@@ -32,6 +32,7 @@ from .trace import ForwardTrace, Missing, UntraceableError, trace_forward
 _TRIES = 256
 # Methods that look something up by its first argument.
 _LOOKUPS = frozenset({"get", "pop", "get_submodule", "__getitem__"})
+_ENDLESS = frozenset({"count", "cycle", "repeat"})
 _ANY = re.compile(".*")
 # Strings in the code that are longer are no names.
 _LONG = 40
@@ -79,8 +80,12 @@ def _why_not_tried(trace: ForwardTrace) -> str:
     """A loop until something happens may never end with another value."""
     for code in codes_of(trace):
         view = view_of(code)
-        if view is not None and any(isinstance(node, ast.While) for node in ast.walk(view.node)):
-            return f"a while loop in {code.co_name}() decides what runs"
+        for node in ast.walk(view.node) if view is not None else ():
+            if isinstance(node, ast.While):
+                return f"a while loop in {code.co_name}() decides what runs"
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name.rpartition(".")[2] in _ENDLESS:
+                return f"{name}() in {code.co_name}() has no end"
     return ""
 
 
@@ -104,10 +109,17 @@ class _Tries:
             return False
         try:
             other = trace_forward(
-                trace.owner, trace.name, trace.training, given=given, contents=self.contents
+                trace.owner,
+                trace.name,
+                trace.training,
+                given=given,
+                arguments=trace.arguments,
+                contents=self.contents,
             )
         except UntraceableError as error:
             return isinstance(error.__cause__, (LookupError, AttributeError))
+        except SystemExit:
+            return False
         if _shape(other) == self.shape:
             return False
         self.found.append((given, other))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -146,7 +147,7 @@ def _trace_all(
             try:
                 if "forward" in vars(module):
                     raise UntraceableError("its forward is set on the instance")
-                own = [trace_forward(module, name, training) for training in (True, False)]
+                own = _traces_of(module, name)
             except UntraceableError as error:
                 untraceable[name] = str(error)
         for key, reason in hidden_uses(module, name, own).items():
@@ -157,6 +158,34 @@ def _trace_all(
             reason = f"also runs in {name or type(module).__name__} by the name of its forward"
             hidden.setdefault(module_key(part), reason)
     return traces, untraceable, hidden, choices
+
+
+def _traces_of(module: nn.Module, name: str) -> list[ForwardTrace]:
+    """In training and in eval mode. Where an argument decides what runs, as in `features=False`,
+    with its default and with the other value.
+    """
+    modes = (True, False)
+    try:
+        return [trace_forward(module, name, training) for training in modes]
+    except UntraceableError as error:
+        defaults = _flags(module) if isinstance(error.__cause__, fx.proxy.TraceError) else {}
+        if not defaults:
+            raise
+    found = []
+    for training in modes:
+        found.append(trace_forward(module, name, training, arguments=defaults))
+        for flag, value in defaults.items():
+            other = {**defaults, flag: not value}
+            trace = trace_forward(module, name, training, arguments=other)
+            trace.tried = flag
+            found.append(trace)
+    return found
+
+
+def _flags(module: nn.Module) -> dict[str, bool]:
+    """The forward's arguments that are True or False unless given, with these defaults."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return {each.name: each.default for each in parameters if isinstance(each.default, bool)}
 
 
 class _Finder:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._jit_internal import is_scripting
 from torch.nn import functional as F
 
 from .activation import LEAKY_FUNCTIONS, RELU_FUNCTIONS
@@ -52,6 +53,8 @@ def why_not_rewritable(trace: ForwardTrace) -> str:
     """Why the graph may not do what the forward does in every run; empty if it does."""
     if hasattr(type(trace.owner).forward, "__wrapped__"):
         return "its forward is decorated"
+    if trace.arguments:
+        return f"its argument {min(trace.arguments)} decides what runs"
     if trace.constants:
         return "it makes tensors that a graph would freeze"
     if trace.stashed:
@@ -242,7 +245,7 @@ def is_plain_function(value: Any) -> bool:
     was entered and is read too.
     """
     try:
-        if value in _FUNCTIONS | _graph_functions():
+        if value in _FUNCTIONS | _graph_functions() or value is is_scripting:
             return True
     except TypeError:  # cannot be hashed: an object with a __call__, which was entered
         return True
@@ -374,14 +377,9 @@ def _root_name(node: ast.expr) -> str:
 
 def _reads_only_self(test: ast.expr, text: Text) -> bool:
     """Whether a condition reads only constants and what is compared at each call."""
-    members = {
-        name
-        for node in ast.walk(test)
-        if isinstance(node, ast.Attribute) and isinstance(text.value_of(node), enum.Enum)
-        for name in ast.walk(node)
-    }
+    constant = {part for node in ast.walk(test) if _is_fixed(node, text) for part in ast.walk(node)}
     for node in ast.walk(test):
-        if node in members:
+        if node in constant:
             continue
         if isinstance(node, ast.Name) and node.id not in text.plain | {text.self_name}:
             return False
@@ -390,3 +388,10 @@ def _reads_only_self(test: ast.expr, text: Text) -> bool:
         if isinstance(node, ast.Attribute) and not isinstance(node.value, ast.Name):
             return False
     return True
+
+
+def _is_fixed(node: ast.AST, text: Text) -> bool:
+    """Whether it is a member of an Enum, or asks whether a script runs, which none of ours does."""
+    if isinstance(node, ast.Call):
+        return text.value_of(node.func) is is_scripting
+    return isinstance(node, ast.Attribute) and isinstance(text.value_of(node), enum.Enum)

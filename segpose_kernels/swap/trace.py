@@ -90,7 +90,9 @@ class ForwardTrace:
             of Python left out; None where another profiler watched, which keeps its place.
         handed: those of them that were given a module.
         direct: modules whose `forward` ran by its name instead of by a call, which leaves no node.
-        tried: the attribute that had another value than in the model; empty for the model as it is.
+        tried: the attribute that had another value than in the model, or the argument with another
+            one than its default; empty for the model as it is.
+        arguments: of the forward that had values, where no trace could do without.
     """
 
     owner: nn.Module
@@ -109,6 +111,7 @@ class ForwardTrace:
     handed: frozenset[CodeType] = frozenset()
     direct: tuple[nn.Module, ...] = ()
     tried: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module a `call_module` node calls, else None."""
@@ -126,11 +129,12 @@ def trace_forward(
     *,
     seed: int = 0,
     given: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
     contents: Contents | None = None,
 ) -> ForwardTrace:
-    """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input, and
-    the attributes in `given` have other values than in the module. `contents`: the owner's, for
-    many traces of it.
+    """Trace `owner.forward` alone; `seed` is for what it draws without looking at its input, the
+    attributes in `given` have other values than in the module, and `arguments` of the forward have
+    values. `contents`: the owner's, for many traces of it.
 
     Raises:
         UntraceableError: with the first line of what went wrong.
@@ -171,9 +175,11 @@ def trace_forward(
     # Numbers drawn by code that does not depend on the input must not move the caller's generators.
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as silence:
-        # A forward may print.
+        # A forward may print, and ask.
         silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
         silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        silence.callback(setattr, sys, "stdin", sys.stdin)
+        sys.stdin = io.StringIO()
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         numpy_state = _numpy_state()
@@ -182,7 +188,7 @@ def trace_forward(
             gc.disable()
             if not watched:
                 tracer.begin = functools.partial(sys.setprofile, enter)
-            graph = tracer.trace(clone)
+            graph = tracer.trace(clone, concrete_args=dict(arguments) if arguments else None)
         except Exception as error:  # a model's forward may raise anything when it meets proxies
             first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
             raise UntraceableError(f"{type(error).__name__}: {first}") from error
@@ -208,6 +214,7 @@ def trace_forward(
     trace.entered, trace.handed = None if watched else entered, frozenset(handed)
     trace.direct = tuple(direct)
     trace.tried = ", ".join(given or {})
+    trace.arguments = arguments or {}
     for attribute, value in vars(clone).items():
         for proxy in _kept_proxies(value):
             trace.stashed[proxy.node] = attribute
@@ -226,13 +233,20 @@ def _have_drawn(seed: int, numpy_state: Any) -> bool:
     return (
         python != random.getstate()
         or not torch.equal(own.get_state(), torch.default_generator.get_state())
-        or str(numpy_state) != str(_numpy_state())
+        or _comparable(numpy_state) != _comparable(_numpy_state())
     )
 
 
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
     return numpy.random.get_state() if numpy is not None else None
+
+
+def _comparable(numpy_state: Any) -> Any:
+    """The array among it as bytes."""
+    return numpy_state and [
+        part.tobytes() if hasattr(part, "tobytes") else part for part in numpy_state
+    ]
 
 
 def _holds_module(value: Any, depth: int = 2) -> bool:
