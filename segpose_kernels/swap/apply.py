@@ -63,7 +63,8 @@ def optimize(
     that follows (as a module, a function held in an attribute, or a function called in `forward`)
     moves into the convolution; a convolution followed by anything else gets its bias fused. What
     may change results is left alone, and the report says why. Calling it again with the same
-    arguments changes nothing.
+    arguments changes nothing. To see what runs, forwards are called without data, several times and
+    with other values of attributes that choose layers; what they print or store then is undone.
 
     While gradients are needed on CPU, convolutions of an nn.Sequential that follow each other, with
     or without activations, are one node of the autograd graph, which calls the same kernels with
