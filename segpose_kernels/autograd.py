@@ -69,6 +69,18 @@ class Geometry:
     output_padding: Sequence[int]
     groups: int
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order that aten's convolutions take them."""
+        return (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
 
 class NativeOp:
     """A registered forward operator and its backward, of the C++ library or of another namespace.
@@ -124,10 +136,8 @@ class NativeOp:
 
     def convolution(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
         """The operator without its activation, on aten: linear in (x, b) and in (w, b)."""
-        g = self.geometry(params)
-        y: Tensor = torch.ops.aten.convolution(
-            x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
-        )
+        arguments = self.geometry(params).arguments
+        y: Tensor = torch.ops.aten.convolution(x, w, b, *arguments)
         return y
 
     def composed(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
@@ -141,20 +151,9 @@ class NativeOp:
     ) -> tuple[Tensor, ...]:
         """The backward operator on aten."""
         params, needs = rest[:-3], rest[-3:]
-        g = self.geometry(params)
-        grads = torch.ops.aten.convolution_backward(
-            mask(grad, y, params[-1]),
-            x,
-            w,
-            [grad.shape[1]],
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.transposed,
-            g.output_padding,
-            g.groups,
-            needs,
-        )
+        masked, biases = mask(grad, y, params[-1]), [grad.shape[1]]
+        arguments = self.geometry(params).arguments
+        grads = torch.ops.aten.convolution_backward(masked, x, w, biases, *arguments, needs)
         return tuple(x.new_empty(0) if g is None else g for g in grads)
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None, params: Params) -> Tensor:
@@ -235,22 +234,10 @@ def _double_backward(
     ggx, ggw, ggb = _needed(cotangents, call.needs)
     if (ggx is None and ggw is None and ggb is None) or not any(needs):
         return None, None, None
-    g = call.op.geometry(call.params)
     slope = call.negative_slope
+    arguments = call.op.geometry(call.params).arguments
     by_grad, by_input, by_weight = torch.ops.aten._convolution_double_backward(
-        ggx,
-        ggw,
-        ggb,
-        mask(grad, y, slope),
-        w,
-        x,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.transposed,
-        g.output_padding,
-        g.groups,
-        needs,
+        ggx, ggw, ggb, mask(grad, y, slope), w, x, *arguments, needs
     )
     if by_grad is not None:
         by_grad = mask(by_grad, y, slope)

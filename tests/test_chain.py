@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import segpose_kernels
 from segpose_kernels import optimize, restore
 from segpose_kernels.backends import LIBRARY
-from segpose_kernels.models import SegNet
+from segpose_kernels.models import Autoencoder, SegNet
 from segpose_kernels.swap import chains
 
 pytestmark = [
@@ -370,3 +370,20 @@ def test_segnet_learns_as_it_does_module_by_module() -> None:
             optimizer.step()
     for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("make", [lambda: SegNet(10), Autoencoder])
+def test_second_derivatives_of_lecture_models(make: Callable[[], nn.Module]) -> None:
+    model, _ = optimize(make().double())
+    alone = one_by_one(model)
+    channels = next(model.parameters()).shape[1]
+    x = torch.randn(2, channels, 28, 28, dtype=torch.float64)
+    found = []
+    for net in (model, alone):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net(leaf).square().sum(), leaf, create_graph=True)
+        grad.square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert has_chain(model(x))

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_chain import NODE, assert_equal, has_chain, layers, one_by_one, results
+from test_chain import NODE, assert_equal, layers, one_by_one, results
 from torch import Tensor, nn
 
 from segpose_kernels import optimize, restore
 from segpose_kernels.backends import LIBRARY
-from segpose_kernels.models import Autoencoder, SegNet
+from segpose_kernels.models import SegNet
 from segpose_kernels.swap.lines import LineForward
 
 pytestmark = [
@@ -486,20 +486,3 @@ def test_compiled() -> None:
     y = compiled(image())
     torch.testing.assert_close(y, model(image()))
     assert y.is_contiguous()
-
-
-@pytest.mark.parametrize("make", [lambda: SegNet(10), Autoencoder])
-def test_second_derivatives_of_lecture_models(make: Callable[[], nn.Module]) -> None:
-    model, _ = optimize(make().double())
-    alone = one_by_one(model)
-    channels = next(model.parameters()).shape[1]
-    x = torch.randn(2, channels, 28, 28, dtype=torch.float64)
-    found = []
-    for net in (model, alone):
-        leaf = x.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(net(leaf).square().sum(), leaf, create_graph=True)
-        grad.square().sum().backward()
-        found.append([p.grad for p in net.parameters()])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    assert has_chain(model(x))

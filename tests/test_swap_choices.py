@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import swap_choice_models as zoo
+import swap_reading_models as reading
 import torch
 import torch.nn.functional as F
 from swap_helpers import IMAGE, activations, assert_same
@@ -35,24 +36,24 @@ CHOOSING = [
     zoo.LeavesEarly,
     zoo.ByTable,
     zoo.InParts,
-    zoo.PartsNumber,
-    zoo.PartsNumberByName,
-    zoo.BecomesTensor,
+    reading.PartsNumber,
+    reading.PartsNumberByName,
+    reading.BecomesTensor,
     zoo.ByPartOfName,
     zoo.ByStride,
     zoo.ByTableMethod,
     zoo.ByNone,
     zoo.ByMissing,
-    zoo.MissingNumber,
+    reading.MissingNumber,
     zoo.ByFraction,
     zoo.ByMember,
     zoo.ByDelegate,
-    zoo.PartsClassNumber,
-    zoo.PartsMean,
-    zoo.PartsTable,
-    zoo.PartsPair,
-    zoo.PartsMode,
-    zoo.PartInList,
+    reading.PartsClassNumber,
+    reading.PartsMean,
+    reading.PartsTable,
+    reading.PartsPair,
+    reading.PartsMode,
+    reading.PartInList,
     zoo.SuperForward,
     zoo.ByAttributes,
 ]
@@ -112,14 +113,14 @@ def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_class_changes_later(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zoo.ClassNumber().double().eval()
+    model = reading.ClassNumber().double().eval()
     plain = copy.deepcopy(model)
     optimize(model, mode=mode)
     x = image()
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
-        monkeypatch.setattr(zoo.ClassNumber, "task", 1)
-        monkeypatch.setattr(zoo.ClassNumber, "gain", 3.0)
+        monkeypatch.setattr(reading.ClassNumber, "task", 1)
+        monkeypatch.setattr(reading.ClassNumber, "gain", 3.0)
         torch.testing.assert_close(model(x), plain(x))
 
 
@@ -209,10 +210,10 @@ def test_drawn_layers() -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        zoo.ArgumentAsNumber,
-        zoo.ArgumentKind,
-        zoo.ArgumentAttribute,
-        zoo.ArgumentInHelper,
+        reading.ArgumentAsNumber,
+        reading.ArgumentKind,
+        reading.ArgumentAttribute,
+        reading.ArgumentInHelper,
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "inference"])
@@ -226,7 +227,7 @@ def test_arguments_outside_of_conditions(build: Callable[[], zoo.Model], mode: s
             torch.testing.assert_close(model(*arguments), plain(*arguments))
 
 
-@pytest.mark.parametrize("build", [zoo.GradMode, zoo.GradModeAsNumber])
+@pytest.mark.parametrize("build", [reading.GradMode, reading.GradModeAsNumber])
 def test_grad_mode_is_read(build: Callable[[], zoo.Model]) -> None:
     model = build().double()
     plain = copy.deepcopy(model)
@@ -240,15 +241,15 @@ def test_grad_mode_is_read(build: Callable[[], zoo.Model]) -> None:
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_globals_change_later(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = image()
-    for build in (zoo.GlobalBehindHelper, zoo.TableBehindHelper, zoo.ClassTable):
+    for build in (reading.GlobalBehindHelper, reading.TableBehindHelper, reading.ClassTable):
         model = build().double().eval()
         plain = copy.deepcopy(model)
         optimize(model, mode=mode)
         with torch.set_grad_enabled(mode == "train"), monkeypatch.context() as patch:
             torch.testing.assert_close(model(x), plain(x))
-            patch.setattr(zoo, "scale", 5.0)
-            patch.setitem(zoo.SCALE, "value", 5.0)
-            patch.setitem(zoo.ClassTable.table, "scale", 5.0)
+            patch.setattr(reading, "scale", 5.0)
+            patch.setitem(reading.SCALE, "value", 5.0)
+            patch.setitem(reading.ClassTable.table, "scale", 5.0)
             torch.testing.assert_close(model(x), plain(x))
 
 
@@ -284,7 +285,7 @@ CHANGES: list[Callable[[nn.Module], object]] = [
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_shared_activation_changes_later(change: Callable[[nn.Module], object], mode: str) -> None:
-    model = zoo.SharedLeaky().double().eval()
+    model = reading.SharedLeaky().double().eval()
     plain = copy.deepcopy(model)
     optimize(model, mode=mode)
     x = image()
@@ -297,7 +298,7 @@ def test_shared_activation_changes_later(change: Callable[[nn.Module], object], 
 
 
 def test_shared_function_changes_later() -> None:
-    model = zoo.SharedFunction().double()
+    model = reading.SharedFunction().double()
     plain = copy.deepcopy(model)
     report = optimize(model)[1]
     assert "rewritten forward" in report["convs.0"].reason
@@ -308,7 +309,7 @@ def test_shared_function_changes_later() -> None:
 
 def test_value_kept_in_an_object() -> None:
     """The trace leaves nothing in it, and it goes on getting the value before the activation."""
-    model = zoo.KeepsInObject()
+    model = reading.KeepsInObject()
     plain = copy.deepcopy(model)
     optimize(model)
     assert model.seen.before is None
@@ -319,19 +320,19 @@ def test_value_kept_in_an_object() -> None:
 
 
 KEEPING = [
-    zoo.KeepsInLists,
-    zoo.KeepsInQueue,
-    zoo.KeepsInTable,
-    zoo.KeepsInPart,
-    zoo.KeepsInListOfObject,
-    zoo.KeepsInClass,
-    zoo.KeepsInFile,
+    reading.KeepsInLists,
+    reading.KeepsInQueue,
+    reading.KeepsInTable,
+    reading.KeepsInPart,
+    reading.KeepsInListOfObject,
+    reading.KeepsInClass,
+    reading.KeepsInFile,
 ]
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
 @pytest.mark.parametrize("build", KEEPING)
-def test_values_kept_elsewhere(build: Callable[[], zoo.Keeps], mode: str) -> None:
+def test_values_kept_elsewhere(build: Callable[[], reading.Keeps], mode: str) -> None:
     model = build().double().eval()
     optimize(model, mode=mode)
     assert model.kept() == []
@@ -341,12 +342,12 @@ def test_values_kept_elsewhere(build: Callable[[], zoo.Keeps], mode: str) -> Non
         (found,) = model.kept()
         torch.testing.assert_close(found, model.convs[0](x))
         assert found.min() < 0
-    zoo.Keeps.log.clear()
-    zoo.TAPS.clear()
+    reading.Keeps.log.clear()
+    reading.TAPS.clear()
 
 
 def test_numbers_and_output_stay(capsys: pytest.CaptureFixture[str]) -> None:
-    model = zoo.DrawsAndPrints()
+    model = reading.DrawsAndPrints()
 
     def states() -> list[str]:
         numbers = [np.random.get_state(), model.numbers.bit_generator.state]

@@ -97,11 +97,11 @@ class Text:
         nodes = list(ast.walk(self.view.node))
         # Of the function and of those inside it.
         self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
-        self.stored = {node.id for node in nodes if isinstance(node, ast.Name) and _is_store(node)}
+        stores = [node.id for node in nodes if isinstance(node, ast.Name) and _is_store(node)]
+        self.stored = set(stores)
         self.local |= self.stored
         loops = [node for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
         counted = [name for node in loops for name in self._counted(node.target, node.iter)]
-        stores = [node.id for node in nodes if isinstance(node, ast.Name) and _is_store(node)]
         # Names that only loops over plain data give values to.
         self.plain = {name for name in counted if stores.count(name) == counted.count(name)}
 
