@@ -64,7 +64,8 @@ def optimize(
     moves into the convolution; a convolution followed by anything else gets its bias fused. What
     may change results is left alone, and the report says why. Calling it again with the same
     arguments changes nothing. To see what runs, forwards are called without data, several times and
-    with other values of attributes that choose layers; what they print or store then is undone.
+    with other values of attributes that choose layers; what they print, or keep in lists, tables
+    and objects, is undone, what they write to files is not.
 
     While gradients are needed on CPU, convolutions of an nn.Sequential that follow each other, with
     or without activations, are one node of the autograd graph, which calls the same kernels with
