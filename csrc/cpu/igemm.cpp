@@ -29,6 +29,9 @@ struct Scratch {
     rows.step = plan.block_m;
     rows.sources = arena.take<const T*>(plan.most_taps() * plan.block_m);
     rows.offsets = arena.take<int64_t>(plan.block_m);
+    rows.row = arena.take<int64_t>(plan.block_m);
+    rows.col = arena.take<int64_t>(plan.block_m);
+    rows.at = arena.take<int64_t>(plan.block_m);
     out = arena.take<T*>(plan.block_m);
     partial = arena.take<T>(plan.block_m * nr);
     tile = arena.take<T>(plan.block_m * nr);
@@ -74,9 +77,10 @@ void list_taps(const Reduction<T>& reduction, const T* zeros, int64_t mr, int64_
     int64_t count = 0;
     for (int64_t tap = 0; tap < reduction.taps; ++tap) {
       const T* const* sources = reduction.sources + tap * reduction.step + row;
-      bool used = false;
-      for (int64_t m = 0; m < std::min(mr, rows - row); ++m) used |= sources[m] != zeros;
-      if (used) list[count++] = static_cast<int32_t>(tap);
+      const int64_t end = std::min(mr, rows - row);
+      int64_t m = 0;  // of the first row that is real, most often the first of all
+      while (m < end && sources[m] == zeros) ++m;
+      if (m < end) list[count++] = static_cast<int32_t>(tap);
     }
     scratch.tap_counts[row] = count;
   }
@@ -100,7 +104,10 @@ void run_panel(const GemmTile<T>& tile, const Reduction<T>& reduction, const T* 
     args.b = packed + begin * tile.nr;
     for (int64_t row = 0; row < rows; row += tile.mr) {
       const int64_t count = scratch.tap_counts[row];
-      const int64_t chunks = std::max<int64_t>(ceil_div(count, taps_per_chunk) * pieces, 1);
+      // Mostly one: a division for every tile would show.
+      const int64_t tap_chunks =
+          count <= taps_per_chunk ? std::min<int64_t>(count, 1) : ceil_div(count, taps_per_chunk);
+      const int64_t chunks = std::max<int64_t>(tap_chunks * pieces, 1);
       if (chunk >= chunks) continue;
       T* partial = scratch.partial + row * tile.nr;
       GemmArgs<T> call = args;
@@ -139,7 +146,7 @@ void run_gemm_block(const GatherLaunch<T>& launch, const Block& block, Scratch<T
   } else {
     int64_t rows = 0;
     for (int i = 0; i < kernels.gemm_tiles; ++i) rows = std::max(rows, kernels.gemm[i].rows_read(block.count));
-    fill_row_table(phase, launch.source, launch.destination, launch.zeros, block.first, block.count, rows,
+    fill_row_table(kernels, phase, launch.source, launch.destination, launch.zeros, block.first, block.count, rows,
                    scratch.rows);
   }
   int64_t listed = 0;

@@ -4,6 +4,7 @@
 
 #include "../common/phases.h"
 #include "tensor_view.h"
+#include "ukernels.h"
 
 namespace segpose {
 
@@ -12,6 +13,10 @@ struct RowTable {
   const T** sources;  // [taps][step]
   int64_t step;
   int64_t* offsets;  // [step] element offsets of the destination pixels
+  // [step] of the source pixels that they read at offset zero: see PointerArgs
+  int64_t* row;
+  int64_t* col;
+  int64_t* at;
 };
 
 // Calls fn(first row of the run, length, n, row, col) for every run of pixels of one image row, for the destination
@@ -54,30 +59,25 @@ void fill_offsets(const Phase& phase, const TensorView& destination, int64_t fir
 // Fills `rows` pointers for each tap, those of the destination pixels first .. first + count - 1 of the phase and some
 // past them. Taps outside the source and rows past `count` point to `zeros`.
 template <class T>
-void fill_row_table(const Phase& phase, const TensorView& source, const TensorView& destination, const T* zeros,
-                    int64_t first, int64_t count, int64_t rows, const RowTable<T>& table) {
+void fill_row_table(const Ukernels<T>& kernels, const Phase& phase, const TensorView& source,
+                    const TensorView& destination, const T* zeros, int64_t first, int64_t count, int64_t rows,
+                    const RowTable<T>& table) {
   fill_offsets(phase, destination, first, count, table);
-  const int64_t taps = static_cast<int64_t>(phase.taps.size());
-  const T* data = source.as<T>();
   for_each_run(phase, source.n, first, count, [&](int64_t m, int64_t run, int64_t n, int64_t row, int64_t col) {
-    for (int64_t t = 0; t < taps; ++t) {
-      const Tap& tap = phase.taps[static_cast<size_t>(t)];
-      const T** out = table.sources + t * table.step + m;
-      const int64_t ih = row * phase.istep_h + tap.off_h;
-      if (ih < 0 || ih >= source.h) {
-        for (int64_t i = 0; i < run; ++i) out[i] = zeros;
-        continue;
-      }
-      const T* line = data + source.offset(n, ih, 0);
-      const int64_t iw = col * phase.istep_w + tap.off_w;
-      for (int64_t i = 0; i < run; ++i) {
-        const int64_t w = iw + i * phase.istep_w;
-        out[i] = w >= 0 && w < source.w ? line + w * source.stride_w : zeros;
-      }
+    const int64_t h = row * phase.istep_h, w = col * phase.istep_w;
+    const int64_t start = source.offset(n, h, w);
+    for (int64_t i = 0; i < run; ++i) {
+      table.row[m + i] = h;
+      table.col[m + i] = w + i * phase.istep_w;
+      table.at[m + i] = start + i * phase.istep_w * source.stride_w;
     }
   });
-  for (int64_t m = count; m < rows; ++m) {
-    for (int64_t t = 0; t < taps; ++t) table.sources[t * table.step + m] = zeros;
+  const PointerArgs<T> args{source.as<T>(),  zeros, source.h,  source.w,  source.stride_h,
+                            source.stride_w, count, table.row, table.col, table.at};
+  for (size_t t = 0; t < phase.taps.size(); ++t) {
+    const T** const out = table.sources + static_cast<int64_t>(t) * table.step;
+    kernels.point_rows(args, phase.taps[t].off_h, phase.taps[t].off_w, out);
+    for (int64_t m = count; m < rows; ++m) out[m] = zeros;
   }
 }
 

@@ -139,6 +139,19 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
+// Destination pixels, and where the tap at offset zero reads for each of them.
+template <class T>
+struct PointerArgs {
+  const T* source;
+  const T* zeros;  // what a tap outside of the source reads
+  int64_t h, w;    // the source's extents, and elements from one row and column to the next
+  int64_t stride_h, stride_w;
+  int64_t count;
+  const int64_t* row;  // [count] coordinates in the source
+  const int64_t* col;
+  const int64_t* at;  // [count] elements from `source` to there
+};
+
 // out = gradient g through the activation, by the sign of its output y, and its sums.
 template <class T>
 struct MaskArgs {
@@ -184,6 +197,8 @@ struct Ukernels {
   // destination[column][row] = source[row][column], each with elements from one row to the next.
   void (*transpose)(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* destination,
                     int64_t destination_step);
+  // The pointers of the tap that reads so many rows and columns further.
+  void (*point_rows)(const PointerArgs<T>&, int64_t off_h, int64_t off_w, const T** out);
   DotsTiles<T> dots;
 };
 

@@ -61,6 +61,7 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 #include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
+#include "pointers-inl.h"
 // clang-format on
 
 // 12 accumulators, 2 vectors of B and one broadcast use 15 of the 16 registers.
@@ -82,6 +83,7 @@ constexpr Ukernels<T> table() {
           store_row<T>,
           mask_line<T>,
           transpose<T>,
+          point_rows<T>,
           dots_tiles<T>()};
 }
 

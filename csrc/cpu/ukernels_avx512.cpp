@@ -39,6 +39,7 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 #include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
+#include "pointers-inl.h"
 // clang-format on
 
 // 24 accumulators with 4 vectors of B leave room for the broadcast; twelve row pointers still fit the integer
@@ -63,6 +64,7 @@ constexpr Ukernels<T> table() {
           store_row<T>,
           mask_line<T>,
           transpose<T>,
+          point_rows<T>,
           dots_tiles<T>()};
 }
 

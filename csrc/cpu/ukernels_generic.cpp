@@ -13,6 +13,7 @@ namespace generic {
 #include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
+#include "pointers-inl.h"
 // clang-format on
 
 template <class T>
@@ -32,6 +33,7 @@ constexpr Ukernels<T> table() {
           store_row<T>,
           mask_line<T>,
           transpose<T>,
+          point_rows<T>,
           dots_tiles<T>()};
 }
 
