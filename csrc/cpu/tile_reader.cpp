@@ -9,9 +9,15 @@ namespace {
 // Pixels further apart than this would need a wide row of zeros for those outside the image.
 constexpr int64_t kMostSpread = 4;
 
+TensorView channels_of(TensorView view, int64_t channel, int64_t channels) {
+  view.data = static_cast<char*>(view.data) + channel * view.stride_c * dtype_size(view.dtype);
+  view.c = channels;
+  return view;
+}
+
 }  // namespace
 
-TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, Arena& arena)
+TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, int64_t most_channels, Arena& arena)
     : isa_(isa), source_(source), edge_(edge) {
   const TensorView& view = source.view;
   const bool direct = source.in_place(DType::float32) && view.stride_w <= kMostSpread * view.c;
@@ -21,8 +27,8 @@ TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, Arena&
   if (direct) {
     tile_ = arena.take<float>(edge * edge * view.c);
   } else {
-    band_ = arena.take<float>(edge * (view.w + 2 * edge) * view.c);
-    row_ = arena.take<float>(source_row_scratch(source));
+    band_ = arena.take<float>(edge * (view.w + 2 * edge) * most_channels);
+    row_ = arena.take<float>(source_row_scratch({channels_of(view, 0, most_channels), source.mask}));
   }
 }
 
@@ -37,7 +43,7 @@ TileRows TileReader::zeros() const {
 TileRows TileReader::read(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) {
   const TensorView& view = source_.view;
   if (h + edge_ <= 0 || h >= view.h || w + edge_ <= 0 || w >= view.w) return zeros();
-  return band_ == nullptr ? in_place(image, h, w, channel, channels) : staged(image, h, w, channel);
+  return band_ == nullptr ? in_place(image, h, w, channel, channels) : staged(image, h, w, channel, channels);
 }
 
 void TileReader::prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, int64_t channel,
@@ -56,27 +62,35 @@ void TileReader::prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, 
   }
 }
 
-TileRows TileReader::staged(int64_t image, int64_t h, int64_t w, int64_t channel) {
-  const TensorView& view = source_.view;
-  const int64_t width = (view.w + 2 * edge_) * view.c;
-  if (image != band_image_ || h != band_h_) {
+TileRows TileReader::staged(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) {
+  const int64_t width = (source_.view.w + 2 * edge_) * channels;
+  if (image != band_image_ || h != band_h_ || channel != band_channel_ || channels != band_channels_) {
+    MaskedSource part{channels_of(source_.view, channel, channels), source_.mask};
+    SourceMask mask{};
+    if (source_.mask != nullptr) {
+      mask = *source_.mask;
+      mask.output = channels_of(mask.output, channel, channels);
+      part.mask = &mask;
+    }
+    const int64_t margin = edge_ * channels;
     for (int64_t i = 0; i < edge_; ++i) {
       float* out = band_ + i * width;
-      const int64_t margin = edge_ * view.c;
-      if (h + i < 0 || h + i >= view.h) {
+      if (h + i < 0 || h + i >= part.view.h) {
         std::fill_n(out, width, 0.0f);
         continue;
       }
-      load_source_row(ukernels<float>(isa_), source_, image, h + i, row_);
+      load_source_row(ukernels<float>(isa_), part, image, h + i, row_);
       std::fill_n(out, margin, 0.0f);
-      std::copy_n(row_, view.w * view.c, out + margin);
+      std::copy_n(row_, part.view.w * channels, out + margin);
       std::fill_n(out + width - margin, margin, 0.0f);
     }
     band_image_ = image;
     band_h_ = h;
+    band_channel_ = channel;
+    band_channels_ = channels;
   }
-  TileRows tile{{}, view.c};
-  for (int64_t i = 0; i < edge_; ++i) tile.rows[i] = band_ + i * width + (w + edge_) * view.c + channel;
+  TileRows tile{{}, channels};
+  for (int64_t i = 0; i < edge_; ++i) tile.rows[i] = band_ + i * width + (w + edge_) * channels;
   return tile;
 }
 

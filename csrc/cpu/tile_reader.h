@@ -16,8 +16,9 @@ struct TileRows {
 
 class TileReader {
  public:
-  // Tiles of edge x edge pixels. The arena provides the reader's own memory; with a null base it is only measured.
-  TileReader(Isa isa, const MaskedSource& source, int64_t edge, Arena& arena);
+  // Tiles of edge x edge pixels and so many channels at most. The arena provides the reader's own memory; with a null
+  // base it is only measured.
+  TileReader(Isa isa, const MaskedSource& source, int64_t edge, int64_t most_channels, Arena& arena);
 
   // Before the first tile.
   void clear() const;
@@ -28,7 +29,7 @@ class TileReader {
   void prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, int64_t channel, int64_t channels) const;
 
  private:
-  TileRows staged(int64_t image, int64_t h, int64_t w, int64_t channel);
+  TileRows staged(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels);
   TileRows in_place(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) const;
 
   Isa isa_;
@@ -37,9 +38,9 @@ class TileReader {
   int64_t zeros_size_;
   float* zeros_;
   float* tile_ = nullptr;  // one tile at an edge
-  float* band_ = nullptr;  // `edge` rows with `edge` pixels of zeros on either side
+  float* band_ = nullptr;  // `edge` rows of some channels with `edge` pixels of zeros on either side
   float* row_ = nullptr;   // one source row on its way
-  int64_t band_image_ = -1, band_h_ = 0;
+  int64_t band_image_ = -1, band_h_ = 0, band_channel_ = 0, band_channels_ = 0;
 };
 
 }  // namespace segpose

@@ -49,7 +49,7 @@ struct Scratch {
   float* window;     // [m * m][columns] of a tile to be pooled
 
   Scratch(const Plan& plan, const MaskedSource& source, bool direct, Arena& arena)
-      : reader(plan.isa, source, plan.transform.n, arena) {
+      : reader(plan.isa, source, plan.transform.n, plan.depth(), arena) {
     const TransformPlan& t = plan.transform;
     const Extents e(plan);
     v = shares_input(plan) ? nullptr : arena.take<char>(e.v_size);

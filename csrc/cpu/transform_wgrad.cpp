@@ -63,8 +63,10 @@ struct Scratch {
   float* taps;  // [r * r][filters] of a line of channels
 
   Scratch(const WgradPass& pass, Arena& arena)
-      : source(pass.plan->isa, pass.activation, pass.plan->transform.n, arena),
-        grad(pass.plan->isa, pass.grad, pass.plan->transform.m, arena) {
+      : source(pass.plan->isa, pass.activation, pass.plan->transform.n,
+               std::min(pass.plan->transform.channel_block, pass.plan->problem.c_per_group()), arena),
+        grad(pass.plan->isa, pass.grad, pass.plan->transform.m,
+             std::min(pass.plan->transform.filter_block, pass.plan->problem.k_per_group()), arena) {
     const TransformPlan& t = pass.plan->transform;
     const Extents e(*pass.plan);
     x = arena.take<float>(t.frequencies * e.x_frequency);
