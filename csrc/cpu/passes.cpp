@@ -5,10 +5,10 @@
 #include <tuple>
 
 #include "depthwise.h"
-#include "depthwise_planes.h"
 #include "formats.h"
 #include "igemm.h"
 #include "packing.h"
+#include "planar.h"
 #include "rows_conv.h"
 #include "split_conv.h"
 #include "split_wgrad.h"
@@ -90,7 +90,7 @@ void run_packed(const GatherPass& pass, void* workspace, const Executor& executo
 template <class T>
 struct GatherBuffers {
   GatherCommon common;
-  bool planes;  // depthwise: in planes
+  bool planar;
   T* source;
   T* bias;
   T* zeros;
@@ -98,15 +98,15 @@ struct GatherBuffers {
 
   GatherBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
     const TensorView& view = pass.source.view;
-    planes = runs_in_planes<T>(*pass.plan, pass.source, pass.destination);
-    source = planes || pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
+    planar = runs_planar<T>(*pass.plan, pass.source, pass.destination);
+    source = planar || pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(view.c);
     const Plan& plan = *pass.plan;
-    const auto worker_scratch = planes                                   ? planes_scratch<T>
-                                : plan.algorithm == Algorithm::depthwise ? depthwise_scratch<T>
-                                                                         : gather_scratch<T>;
-    scratch = arena.take<char>(workers * worker_scratch(plan));
+    const int64_t worker_scratch = planar ? planar_scratch<T>(plan, view, pass.destination)
+                                   : plan.algorithm == Algorithm::depthwise ? depthwise_scratch<T>(plan)
+                                                                            : gather_scratch<T>(plan);
+    scratch = arena.take<char>(workers * worker_scratch);
   }
 };
 
@@ -127,7 +127,7 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
               buffers.bias);
   }
   std::fill_n(buffers.zeros, source.c, T{0});
-  const auto launch = buffers.planes                           ? launch_planes<T>
+  const auto launch = buffers.planar                           ? launch_planar<T>
                       : plan.algorithm == Algorithm::depthwise ? launch_depthwise<T>
                                                                : launch_gather<T>;
   launch(
@@ -162,6 +162,11 @@ void run_rows(const GatherPass& pass, void* workspace, const Executor& executor)
                  executor);
 }
 
+template <class T>
+bool runs_rows(const GatherPass& pass) {
+  return pass.plan->algorithm == Algorithm::rows && !runs_planar<T>(*pass.plan, pass.source, pass.destination);
+}
+
 int64_t direct_workspace(const GatherPass& pass, int64_t workers) {
   Arena arena(nullptr);
   if (pass.plan->packs_source()) {
@@ -169,7 +174,7 @@ int64_t direct_workspace(const GatherPass& pass, int64_t workers) {
     return arena.used();
   }
   return dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    if (pass.plan->algorithm == Algorithm::rows) {
+    if (runs_rows<decltype(zero)>(pass)) {
       const RowsBuffers<decltype(zero)> buffers(pass, workers, arena);
     } else {
       const GatherBuffers<decltype(zero)> buffers(pass, workers, arena);
@@ -181,7 +186,7 @@ int64_t direct_workspace(const GatherPass& pass, int64_t workers) {
 void run_direct(const GatherPass& pass, void* workspace, const Executor& executor) {
   if (pass.plan->packs_source()) return run_packed(pass, workspace, executor);
   dispatch_compute(pass.plan->dtype, [&](auto zero) {
-    if (pass.plan->algorithm == Algorithm::rows) {
+    if (runs_rows<decltype(zero)>(pass)) {
       run_rows<decltype(zero)>(pass, workspace, executor);
     } else {
       run_gather<decltype(zero)>(pass, workspace, executor);

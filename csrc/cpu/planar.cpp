@@ -1,35 +1,61 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "depthwise_planes.h"
+#include "planar.h"
 
 #include <algorithm>
 
 #include "../common/integers.h"
+#include "row_table.h"
 #include "streaming.h"
 
 namespace segpose {
 namespace {
 
-// Staged values of a band of rows, and copies of the taps' weights for the columns of a block: 24 and 8 KB of floats,
-// which stay in L1. Bands are copied without a padding too: eight rows at once are more streams than the hardware sees.
-// 64 channels of 256 x 256 took 5.2 ms where they lie and take 4.5, 3 x 7 taps over 128 channels 7.1 and 5.8 (Zen 3).
+// Channels of a group that are read at most, and of the only group. 128 channels in 32 groups of 56 x 56 took 7.9 ms
+// through channel rows and take 1.6, SegNet's first layer 114 and 97 us; from 3 channels to 64 in one group 2.5 and 2.6
+// ms, at stride 2 6.4 and 10.4 (Zen 3, two threads).
+constexpr int64_t kMostChannels = 8;
+constexpr int64_t kMostAlone = 1;
+// Of channel rows: a cache line of floats.
+constexpr int64_t kBundledChannels = 16;
+// Staged values of a band of rows: 24 KB of floats, which stay in L1. Bands are copied without a padding too: eight
+// rows at once are more streams than the hardware sees. 64 channels of 256 x 256, each by itself, took 5.2 ms where
+// they lie and take 4.5, 3 x 7 taps over 128 channels 7.1 and 5.8 (Zen 3).
 constexpr int64_t kStagedValues = 6 << 10;
-constexpr int64_t kWeightValues = 2 << 10;
-constexpr int64_t kMostColumns = 512;
-// Rows of a tile of the microkernel.
-constexpr int64_t kRows = kDepthwisePixels;
-// Rows of fewer vectors leave too much of them idle: beside channel rows in between, 3 x 3 taps took 1.3 times as long
-// with rows of 14 floats and 0.64 with 16, 0.6 with 56 and 0.5 with 256.
+constexpr int64_t kFewestColumns = 64;
+// Rows of a band are a multiple of the height of the tiles of several channels, or of those of one.
+constexpr int64_t kSeveralRows = 6;
+constexpr int64_t kSingleRows = 8;
+// Rows of a task.
+constexpr int64_t kTaskRows = 12;
+// Depthwise rows of fewer vectors leave too much of them idle: beside channel rows in between, 3 x 3 taps took 1.3
+// times as long with rows of 14 floats and 0.64 with 16, 0.6 with 56 and 0.5 with 256.
 constexpr int64_t kFewestVectors = 2;
 // Results of a task.
 constexpr int64_t kTaskValues = 64 << 10;
 
-// A band of destination rows, and what it reads: source rows and columns from `low` on, zeros outside of the source.
-struct BandShape {
-  int64_t rows;                // of a band
-  int64_t low_h, low_w;        // the first that destination row and column 0 read
-  int64_t staged_h, staged_w;  // of a whole band
+int64_t depth_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.depth(); }
 
-  BandShape(const Phase& phase) {
+int64_t groups_of(const Plan& plan) {
+  return plan.algorithm == Algorithm::depthwise ? plan.columns() : plan.gemm_groups();
+}
+
+// Whether every panel has the channels for it.
+bool in_tiles_of_several(const Plan& plan) {
+  const auto several = [](const Panel& panel) { return panel.columns >= kPlanarChannels; };
+  return plan.algorithm != Algorithm::depthwise && std::all_of(plan.panels.begin(), plan.panels.end(), several);
+}
+
+// A band of destination rows and columns, and what it reads: source rows from `low_h` on and columns from `low_w` on,
+// zeros outside of the source. The columns of a residue class of the stride lie side by side in a staged row.
+struct BandShape {
+  int64_t depth;         // staged planes
+  int64_t rows, cols;    // of a band
+  int64_t low_h, low_w;  // the first that destination row and column 0 read
+  int64_t staged_h;      // rows of a whole band
+  int64_t segment;       // staged values of a residue class of a row
+  int64_t row_size;
+
+  BandShape(const Plan& plan, const Phase& phase) : depth(depth_of(plan)) {
     int64_t high_h = low_h = phase.taps.empty() ? 0 : phase.taps.front().off_h;
     int64_t high_w = low_w = phase.taps.empty() ? 0 : phase.taps.front().off_w;
     for (const Tap& tap : phase.taps) {
@@ -38,196 +64,297 @@ struct BandShape {
       high_h = std::max(high_h, tap.off_h);
       high_w = std::max(high_w, tap.off_w);
     }
-    staged_w = phase.cols + high_w - low_w;
-    const int64_t fitting = (kStagedValues / staged_w - (high_h - low_h) - 1) / phase.istep_h + 1;
-    rows = std::clamp<int64_t>(fitting / kRows * kRows, kRows, std::max(phase.rows, kRows));
-    staged_h = (rows - 1) * phase.istep_h + high_h - low_h + 1;
+    const int64_t unit = in_tiles_of_several(plan) ? kSeveralRows : kSingleRows;
+    const int64_t beyond_w = (high_w - low_w) / phase.istep_w;
+    const auto staged_rows = [&](int64_t count) { return (count - 1) * phase.istep_h + high_h - low_h + 1; };
+    const int64_t fitting = kStagedValues / (depth * phase.istep_w * staged_rows(unit)) - beyond_w;
+    cols = std::min(phase.cols, std::max(fitting / kFewestColumns * kFewestColumns, kFewestColumns));
+    segment = cols + beyond_w;
+    row_size = phase.istep_w * segment;
+    rows = unit;
+    while (rows < phase.rows && depth * staged_rows(rows + unit) * row_size <= kStagedValues) rows += unit;
+    staged_h = staged_rows(rows);
+  }
+
+  int64_t size() const { return depth * staged_h * row_size; }
+
+  // Of what a tap reads of a plane for destination pixel (0, 0).
+  int64_t offset(const Phase& phase, const Tap& tap, int64_t plane) const {
+    const int64_t w = tap.off_w - low_w;
+    return (plane * staged_h + tap.off_h - low_h) * row_size + w % phase.istep_w * segment + w / phase.istep_w;
   }
 };
 
-template <class T>
-int64_t block_columns(const Plan& plan) {
-  constexpr int64_t kLine = kLineBytes / sizeof(T);
-  int64_t cols = 1;
-  for (const Phase& phase : plan.phases) cols = std::max(cols, phase.cols);
-  const int64_t fitting = kWeightValues / plan.most_taps() / kLine * kLine;
-  return std::clamp(std::min(fitting, round_up(cols, kLine)), kLine, kMostColumns);
+bool is_planar(const TensorView& view, DType dtype) {
+  return view.dtype == dtype && view.stride_w == 1 && (view.c == 1 || view.stride_c != 1);
 }
 
-// The microkernel of channel rows computes pixels by channels with a weight for each channel. Here its pixels are the
-// rows of a plane and its channels their columns, whose weights are all the same.
+// Groups that are staged and written together: of channel rows a cache line holds several.
+template <class T>
+int64_t bundle_of(const Plan& plan, const TensorView& source, const TensorView& destination) {
+  if (is_planar(source, compute_dtype<T>()) && is_planar(destination, compute_dtype<T>())) return 1;
+  const int64_t fewest = std::min(depth_of(plan), plan.columns());
+  return std::min(ceil_div(kBundledChannels, fewest), groups_of(plan));
+}
+
 template <class T>
 struct Scratch {
-  DepthwiseTap<T>* taps;
-  T* weights;  // [tap][column]
-  T* bias;     // [column]
-  T* staged;   // [row][column]
+  int64_t* offsets;  // [tap][plane]
+  T* staged;         // [group of a bundle][plane][row][residue][column]
+  T* results;        // [channel of a bundle][row][column] on their way to channel rows
 
-  Scratch(const Plan& plan, Arena& arena) {
-    const int64_t columns = block_columns<T>(plan);
-    taps = arena.take<DepthwiseTap<T>>(plan.most_taps());
-    weights = arena.take<T>(plan.most_taps() * columns);
-    bias = arena.take<T>(columns);
-    int64_t most = 0;
+  Scratch(const Plan& plan, const TensorView& source, const TensorView& destination, Arena& arena) {
+    const int64_t bundle = bundle_of<T>(plan, source, destination);
+    offsets = arena.take<int64_t>(plan.most_taps() * depth_of(plan));
+    int64_t most = 0, most_results = 0;
     for (const Phase& phase : plan.phases) {
-      const BandShape band(phase);
-      most = std::max(most, band.staged_h * band.staged_w);
+      const BandShape band(plan, phase);
+      most = std::max(most, band.size());
+      most_results = std::max(most_results, band.rows * band.cols);
     }
-    staged = arena.take<T>(most);
+    staged = arena.take<T>(bundle * most);
+    results =
+        is_planar(destination, compute_dtype<T>()) ? nullptr : arena.take<T>(bundle * plan.columns() * most_results);
   }
 };
 
-// One channel of an image, and the destination pixels of one phase.
+// Some groups of an image, and the destination pixels of one phase.
 template <class T>
-class Plane {
+class BundlePlanes {
  public:
-  Plane(const GatherLaunch<T>& launch, const Scratch<T>& scratch, size_t phase, int64_t n, int64_t channel)
+  BundlePlanes(const GatherLaunch<T>& launch, const Scratch<T>& scratch, size_t phase, int64_t n, int64_t group,
+               int64_t groups)
       : launch_(launch),
+        plan_(*launch.plan),
+        kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
-        phase_(launch.plan->phases[phase]),
-        band_(phase_),
-        columns_(block_columns<T>(*launch.plan)),
+        phase_(plan_.phases[phase]),
+        band_(plan_, phase_),
+        number_(static_cast<int64_t>(phase)),
+        group_(group),
+        groups_(groups),
+        columns_(plan_.algorithm == Algorithm::depthwise ? 1 : plan_.columns()),
         streams_(overflows_caches(launch.destination, sizeof(T)) &&
-                 are_lines<T>(phase_.ostep_h * launch.destination.stride_h)) {
-    source_ = launch.source.template as<const T>() + launch.source.offset(n, 0, 0) + channel * launch.source.stride_c;
+                 are_lines<T>(phase_.ostep_h * launch.destination.stride_h) &&
+                 are_lines<T>(launch.destination.stride_c)) {
+    source_ = launch.source.template as<const T>() + n * launch.source.stride_n +
+              group * band_.depth * launch.source.stride_c;
     destination_ = launch.destination.template as<T>() + launch.destination.offset(n, phase_.oh, phase_.ow) +
-                   channel * launch.destination.stride_c;
-    const T* weights = launch.packed + launch.layout->phase_offset(static_cast<int64_t>(phase)) + channel;
-    for (size_t t = 0; t < phase_.taps.size(); ++t) {
-      const auto tap = static_cast<int64_t>(t);
-      std::fill_n(scratch.weights + tap * columns_, columns_, weights[tap * launch.plan->columns()]);
+                   group * columns_ * launch.destination.stride_c;
+    int64_t step = 0;
+    for (const Tap& tap : phase_.taps) {
+      for (int64_t c = 0; c < band_.depth; ++c) scratch.offsets[step++] = band_.offset(phase_, tap, c);
     }
-    if (launch.bias != nullptr) std::fill_n(scratch.bias, columns_, launch.bias[channel]);
   }
 
-  // Destination rows [begin, end).
+  // Destination rows [begin, end). Bands at a ragged end begin early, and some results are computed twice.
   void run(int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += band_.rows) run_band(row, std::min(band_.rows, end - row));
+    const int64_t rows = std::min(band_.rows, end - begin);
+    for (int64_t row = begin; row < end; row += rows) {
+      for (int64_t col = 0; col < phase_.cols; col += band_.cols) {
+        run_band(std::min(row, end - rows), rows, std::min(col, phase_.cols - band_.cols));
+      }
+    }
   }
 
  private:
-  // A ragged end in either direction begins early, and some results are computed twice.
-  void run_band(int64_t row, int64_t count) {
-    stage(row, count);
-    const int64_t ragged = count > kRows ? count % kRows : 0;
-    run_rows(row, 0, count - ragged);
-    if (ragged > 0) run_rows(row, count - kRows, kRows);
-  }
-
-  void stage(int64_t row, int64_t count) {
-    const TensorView& source = launch_.source;
-    const int64_t begin = std::clamp<int64_t>(-band_.low_w, 0, band_.staged_w);
-    const int64_t end = std::clamp<int64_t>(source.w - band_.low_w, begin, band_.staged_w);
-    const int64_t staged = band_.staged_h - (band_.rows - count) * phase_.istep_h;
-    for (int64_t i = 0; i < staged; ++i) {
-      T* const out = scratch_.staged + i * band_.staged_w;
-      const int64_t h = row * phase_.istep_h + band_.low_h + i;
-      if (h < 0 || h >= source.h) {
-        std::fill_n(out, band_.staged_w, T{0});
-        continue;
-      }
-      std::fill(out, out + begin, T{0});
-      std::copy_n(source_ + h * source.stride_h + band_.low_w + begin, end - begin, out + begin);
-      std::fill(out + end, out + band_.staged_w, T{0});
-    }
-  }
-
-  // Rows from `first` on of the band at `row`.
-  void run_rows(int64_t row, int64_t first, int64_t count) {
-    const int64_t length = ukernels<T>(launch_.plan->isa).vector_length;
-    const int64_t ragged = phase_.cols % length;
-    const int64_t whole = phase_.cols - ragged;
-    const T* const source = scratch_.staged + first * phase_.istep_h * band_.staged_w;
-    row += first;
-    for (int64_t col = 0; col < whole; col += columns_) {
-      run_block(source, row, count, col, std::min(columns_, whole - col));
-    }
-    if (ragged > 0) run_block(source, row, count, phase_.cols - length, length);
-  }
-
-  void run_block(const T* source, int64_t row, int64_t count, int64_t col, int64_t columns) {
-    DepthwiseArgs<T> args{};
-    args.taps = scratch_.taps;
-    args.count = static_cast<int64_t>(phase_.taps.size());
-    for (int64_t t = 0; t < args.count; ++t) {
-      const Tap& tap = phase_.taps[static_cast<size_t>(t)];
-      scratch_.taps[t] = {source + (tap.off_h - band_.low_h) * band_.staged_w + tap.off_w - band_.low_w + col,
-                          scratch_.weights + t * columns_, false};
-    }
-    args.a_step = phase_.istep_h * band_.staged_w;
-    args.out = destination_ + row * phase_.ostep_h * launch_.destination.stride_h + col;
-    args.out_step = phase_.ostep_h * launch_.destination.stride_h;
-    args.pixels = count;
-    args.channels = columns;
-    args.streams = streams_ && is_at_line(args.out) && are_lines<T>(columns);
-    args.bias = launch_.bias == nullptr ? nullptr : scratch_.bias;
+  void run_band(int64_t row, int64_t rows, int64_t col) {
+    stage(row, rows, col);
+    const TensorView& destination = launch_.destination;
+    const int64_t row_step = phase_.ostep_h * destination.stride_h;
+    const int64_t pixel_step = phase_.ostep_w * destination.stride_w;
+    T* const out = destination_ + row * row_step + col * pixel_step;
+    PlanarArgs<T> args{};
+    args.a_step = phase_.istep_h * band_.row_size;
+    args.offsets = scratch_.offsets;
+    args.count = static_cast<int64_t>(phase_.taps.size()) * band_.depth;
+    args.columns = band_.cols;
     args.activation = launch_.epilogue.activation;
     args.negative_slope = static_cast<T>(launch_.epilogue.negative_slope);
-    ukernels<T>(launch_.plan->isa).depthwise(args);
+    const bool planar = scratch_.results == nullptr;
+    args.out_step = planar ? row_step : band_.cols;
+    args.out_channel = planar ? destination.stride_c : rows * band_.cols;
+    for (int64_t i = 0; i < groups_; ++i) {
+      args.a = scratch_.staged + i * band_.size();
+      args.out = (planar ? out : scratch_.results) + i * columns_ * args.out_channel;
+      run_group(args, group_ + i, rows);
+    }
+    if (planar) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels_.transpose(scratch_.results + r * band_.cols, args.out_channel, groups_ * columns_, band_.cols,
+                         out + r * row_step, pixel_step);
+    }
+  }
+
+  void run_group(PlanarArgs<T> args, int64_t group, int64_t rows) {
+    const T* const packed = launch_.packed + launch_.layout->phase_offset(number_);
+    if (plan_.algorithm == Algorithm::depthwise) {
+      args.w = packed + group;
+      args.w_step = plan_.columns();
+      run_channels(args, group, 1, rows);
+      return;
+    }
+    T* const out = args.out;
+    for (const Panel& panel : plan_.panels) {
+      args.w = packed + launch_.layout->panel_offset(plan_, number_, group, panel);
+      args.w_step = panel.nr;
+      args.out = out + panel.column * args.out_channel;
+      run_channels(args, group * plan_.padded_columns() + panel.column, panel.columns, rows);
+    }
+  }
+
+  // `count` channels, whose biases begin at `packed_bias`.
+  void run_channels(const PlanarArgs<T>& channels, int64_t packed_bias, int64_t count, int64_t rows) {
+    // Planes of several channels side by side are too far apart for it: 64 of 256 x 256 from three took 3.3 ms past the
+    // caches and 2.9 through them (Zen 3).
+    const bool streams = count == 1 && streams_ && is_at_line(channels.out) && are_lines<T>(channels.columns);
+    const PlanarTile<T>& tile = streams                                ? kernels_.planar_lines
+                                : count >= kernels_.planar[0].channels ? kernels_.planar[0]
+                                                                       : kernels_.planar[1];
+    PlanarArgs<T> args = channels;
+    for (int64_t k = 0; k < count; k += tile.channels) {
+      const int64_t from = std::min(k, count - tile.channels);
+      args.w = channels.w + from;
+      args.bias = launch_.bias == nullptr ? nullptr : launch_.bias + packed_bias + from;
+      for (int64_t r = 0; r < rows; r += tile.rows) {
+        const int64_t first = std::min(r, rows - tile.rows);
+        args.a = channels.a + first * args.a_step;
+        args.out = channels.out + from * args.out_channel + first * args.out_step;
+        tile.run(args);
+      }
+    }
+  }
+
+  // What the band at destination pixel (row, col) reads.
+  void stage(int64_t row, int64_t rows, int64_t col) {
+    const TensorView& source = launch_.source;
+    const int64_t planes = groups_ * band_.depth;
+    const int64_t plane_size = band_.staged_h * band_.row_size;
+    const int64_t staged = band_.staged_h - (band_.rows - rows) * phase_.istep_h;
+    const int64_t step = phase_.istep_w;
+    for (int64_t residue = 0; residue < step; ++residue) {
+      const int64_t first = col * step + band_.low_w + residue;
+      const int64_t begin = first_inside(first, step, 0, band_.segment);
+      const int64_t end = first_inside(first, step, source.w, band_.segment);
+      for (int64_t i = 0; i < staged; ++i) {
+        T* const out = scratch_.staged + i * band_.row_size + residue * band_.segment;
+        const int64_t h = row * phase_.istep_h + band_.low_h + i;
+        const bool inside = h >= 0 && h < source.h && begin < end;
+        for (int64_t c = 0; c < planes; ++c) {
+          std::fill_n(out + c * plane_size, inside ? begin : band_.segment, T{0});
+          if (inside) std::fill_n(out + c * plane_size + end, band_.segment - end, T{0});
+        }
+        if (!inside) continue;
+        const T* const line = source_ + h * source.stride_h + (first + begin * step) * source.stride_w;
+        copy_line(line, step * source.stride_w, end - begin, planes, out + begin, plane_size);
+      }
+    }
+  }
+
+  // Pixels `step` apart of some channels.
+  void copy_line(const T* line, int64_t step, int64_t pixels, int64_t planes, T* out, int64_t plane_size) {
+    const int64_t channel_step = launch_.source.stride_c;
+    if (channel_step == 1 && planes > 1) {
+      kernels_.transpose(line, step, pixels, planes, out, plane_size);
+      return;
+    }
+    for (int64_t c = 0; c < planes; ++c, line += channel_step, out += plane_size) {
+      if (step == 1) {
+        std::copy_n(line, pixels, out);
+      } else if (step == 2) {
+        for (int64_t w = 0; w < pixels; ++w) out[w] = line[w * 2];  // becomes vectors
+      } else {
+        for (int64_t w = 0; w < pixels; ++w) out[w] = line[w * step];
+      }
+    }
   }
 
   const GatherLaunch<T>& launch_;
+  const Plan& plan_;
+  const Ukernels<T>& kernels_;
   const Scratch<T>& scratch_;
   const Phase& phase_;
   BandShape band_;
-  int64_t columns_;
+  int64_t number_;  // of the phase
+  int64_t group_, groups_;
+  int64_t columns_;  // channels of a group's results
   bool streams_;
   const T* source_;
   T* destination_;
 };
 
-bool is_planar(const TensorView& view, DType dtype) {
-  return view.dtype == dtype && view.stride_w == 1 && !view.has_channel_rows(dtype);
-}
-
 }  // namespace
 
 template <class T>
-bool runs_in_planes(const Plan& plan, const MaskedSource& source, const TensorView& destination) {
+bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView& destination) {
   const DType dtype = compute_dtype<T>();
-  if (plan.algorithm != Algorithm::depthwise || source.mask != nullptr) return false;
-  if (!is_planar(source.view, dtype) || !is_planar(destination, dtype)) return false;
-  const int64_t least = kFewestVectors * ukernels<T>(plan.isa).vector_length;
+  if (source.mask != nullptr || plan.packs_source()) return false;
+  const bool depthwise = plan.algorithm == Algorithm::depthwise;
+  const bool grouped = plan.problem.groups > 1;
+  if (depth_of(plan) > (grouped ? kMostChannels : kMostAlone)) return false;
+  // Channel rows of a few channels a group pay for their way into planes and back; depthwise they are vectors already.
+  const bool takes_rows = grouped && !depthwise;
+  const auto fits = [&](const TensorView& view) {
+    return is_planar(view, dtype) || (takes_rows && view.has_channel_rows(dtype));
+  };
+  if (!fits(source.view) || !fits(destination) || destination.c == 1) return false;
+  const bool planar = is_planar(destination, dtype);
+  const auto dots = [](const Panel& panel) { return panel.dots; };
+  if (std::any_of(plan.panels.begin(), plan.panels.end(), dots)) return false;
+  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
+  int64_t tall = 1;
+  for (const PlanarTile<T>& tile : kernels.planar) tall = std::max<int64_t>(tall, tile.rows);
+  const int64_t least = kernels.vector_length * (depthwise ? kFewestVectors : 1);
   return std::all_of(plan.phases.begin(), plan.phases.end(), [&](const Phase& phase) {
-    if (phase.istep_w != 1 || phase.ostep_w != 1 || phase.cols < least) return false;
-    const BandShape band(phase);
+    if ((planar && phase.ostep_w != 1) || phase.cols < least || phase.rows < tall) return false;
+    const BandShape band(plan, phase);
     // Far apart, most taps of a pixel read the padding, which would be multiplied all the same.
     const int64_t beyond_h = band.staged_h - (band.rows - 1) * phase.istep_h - 1;
-    return 2 * beyond_h <= source.view.h && 2 * (band.staged_w - phase.cols) <= source.view.w;
+    const int64_t beyond_w = (band.segment - band.cols) * phase.istep_w;
+    return 2 * beyond_h <= source.view.h && 2 * beyond_w <= source.view.w;
   });
 }
 
 template <class T>
-int64_t planes_scratch(const Plan& plan) {
+int64_t planar_scratch(const Plan& plan, const TensorView& source, const TensorView& destination) {
   Arena arena(nullptr);
-  const Scratch<T> scratch(plan, arena);
+  const Scratch<T> scratch(plan, source, destination, arena);
   return arena.used();
 }
 
 template <class T>
-void launch_planes(const GatherLaunch<T>& launch, const Executor& executor) {
+void launch_planar(const GatherLaunch<T>& launch, const Executor& executor) {
   const Plan& plan = *launch.plan;
-  const int64_t scratch_bytes = planes_scratch<T>(plan);
-  int64_t values = 1;  // of a plane's largest phase
-  for (const Phase& phase : plan.phases) values = std::max(values, phase.rows * phase.cols);
-  const int64_t parts = ceil_div(values, kTaskValues);
-  for_each_task(executor, plan.problem.n * plan.columns() * parts, [&](int64_t task, int64_t worker) {
+  const int64_t scratch_bytes = planar_scratch<T>(plan, launch.source, launch.destination);
+  const int64_t groups = groups_of(plan);
+  const int64_t bundle = bundle_of<T>(plan, launch.source, launch.destination);
+  const int64_t bundles = ceil_div(groups, bundle);
+  int64_t most = 1;    // values of a bundle's largest phase
+  int64_t fewest = 0;  // rows of a phase
+  for (const Phase& phase : plan.phases) {
+    most = std::max(most, phase.rows * phase.cols * launch.destination.c / bundles);
+    fewest = fewest == 0 ? phase.rows : std::min(fewest, phase.rows);
+  }
+  const int64_t parts = std::clamp<int64_t>(fewest / kTaskRows, 1, ceil_div(most, kTaskValues));
+  for_each_task(executor, plan.problem.n * bundles * parts, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
-    const Scratch<T> scratch(plan, arena);
-    const int64_t plane = task / parts, part = task % parts;
+    const Scratch<T> scratch(plan, launch.source, launch.destination, arena);
+    const int64_t part = task % parts;
+    const int64_t image = task / parts / bundles;
+    const int64_t group = task / parts % bundles * bundle;
     for (size_t p = 0; p < plan.phases.size(); ++p) {
       const int64_t rows = plan.phases[p].rows;
-      Plane<T>(launch, scratch, p, plane / plan.columns(), plane % plan.columns())
+      BundlePlanes<T>(launch, scratch, p, image, group, std::min(bundle, groups - group))
           .run(rows * part / parts, rows * (part + 1) / parts);
     }
     finish_streaming();
   });
 }
 
-#define SEGPOSE_INSTANTIATE(T)                                                          \
-  template bool runs_in_planes<T>(const Plan&, const MaskedSource&, const TensorView&); \
-  template int64_t planes_scratch<T>(const Plan&);                                      \
-  template void launch_planes<T>(const GatherLaunch<T>&, const Executor&);
+#define SEGPOSE_INSTANTIATE(T)                                                           \
+  template bool runs_planar<T>(const Plan&, const MaskedSource&, const TensorView&);     \
+  template int64_t planar_scratch<T>(const Plan&, const TensorView&, const TensorView&); \
+  template void launch_planar<T>(const GatherLaunch<T>&, const Executor&);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)
 

@@ -139,6 +139,32 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
+// out[channel][row][col] = act(sum over steps of a[offsets[step] + row * a_step + col] * w[step * w_step + channel] +
+// bias[channel]) for the channels and rows of a tile.
+template <class T>
+struct PlanarArgs {
+  const T* a;
+  int64_t a_step;
+  const int64_t* offsets;  // [count]
+  int64_t count;
+  const T* w;
+  int64_t w_step;
+  T* out;
+  int64_t out_step;     // elements from one row to the next
+  int64_t out_channel;  // and from one channel to the next
+  int64_t columns;      // a vector at least; of tiles that write past the caches whole cache lines
+  const T* bias;        // or null
+  Activation activation;
+  T negative_slope;
+};
+
+template <class T>
+struct PlanarTile {
+  int channels;
+  int rows;
+  void (*run)(const PlanarArgs<T>&);
+};
+
 // Destination pixels, and where the tap at offset zero reads for each of them.
 template <class T>
 struct PointerArgs {
@@ -171,6 +197,8 @@ constexpr int kMaxWgradTiles = 16;
 constexpr int kMaxRowsTiles = 10;
 constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;
+constexpr int kPlanarTiles = 2;
+constexpr int kPlanarChannels = 4;  // of a tile of several
 
 // Rows tiles of few columns, whose filter is [run][nr][depth].
 template <class T>
@@ -200,6 +228,8 @@ struct Ukernels {
   // The pointers of the tap that reads so many rows and columns further.
   void (*point_rows)(const PointerArgs<T>&, int64_t off_h, int64_t off_w, const T** out);
   DotsTiles<T> dots;
+  PlanarTile<T> planar[kPlanarTiles];  // of several channels and of one
+  PlanarTile<T> planar_lines;          // of one channel, past the caches
 };
 
 template <class T>

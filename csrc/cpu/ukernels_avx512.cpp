@@ -39,6 +39,7 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 #include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
+#include "planar-inl.h"
 #include "pointers-inl.h"
 // clang-format on
 
@@ -65,7 +66,9 @@ constexpr Ukernels<T> table() {
           mask_line<T>,
           transpose<T>,
           point_rows<T>,
-          dots_tiles<T>()};
+          dots_tiles<T>(),
+          {planar_entry<T, kPlanarChannels, 6>(), planar_entry<T, 1, 8>()},
+          lines_entry<T, 1, 8>()};
 }
 
 const Ukernels<float> kFloat = table<float>();

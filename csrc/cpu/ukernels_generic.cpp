@@ -13,6 +13,7 @@ namespace generic {
 #include "depthwise-inl.h"
 #include "staging-inl.h"
 #include "dots-inl.h"
+#include "planar-inl.h"
 #include "pointers-inl.h"
 // clang-format on
 
@@ -34,7 +35,9 @@ constexpr Ukernels<T> table() {
           mask_line<T>,
           transpose<T>,
           point_rows<T>,
-          dots_tiles<T>()};
+          dots_tiles<T>(),
+          {planar_entry<T, kPlanarChannels, 3>(), planar_entry<T, 1, 8>()},
+          lines_entry<T, 1, 2>()};
 }
 
 const Ukernels<float> kFloat = table<float>();
