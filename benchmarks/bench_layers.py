@@ -12,6 +12,6 @@ from segpose_kernels.bench.results import Measurement
 
 
 @replayed
-@each_case("cpm-layers", "segnet-layers")
+@each_case("grouped", "cpm-layers", "segnet-layers")
 def bench_layers(measurement: Measurement, benchmark: Any) -> None:
     benchmark.pedantic(REPLAY.next_call, rounds=len(measurement.samples))

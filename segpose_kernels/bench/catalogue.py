@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..testing.networks import NETWORKS
+from ..testing.networks import GROUPED, NETWORKS
 from ..testing.problems import CPM2DPOSE, SEGNET, TRANSPOSED
 from .cases import Case, Tier
 from .series import distinct, kernelbench, layers, models, sweeps
@@ -18,6 +18,7 @@ GROUPS = {
     "models": "whole models",
     "transposed": "transposed convolution + ReLU",
     "networks": "more transposed convolutions",
+    "grouped": "grouped and depthwise convolutions",
     "cpm-layers": "layers of CPM2DPose, 256x256",
     "segnet-layers": "layers of SegNet, batch 64",
     "kernelbench": "2-D convolutions of KernelBench",
@@ -29,6 +30,7 @@ CASES: tuple[Case, ...] = (
     *models(),
     *layers("transposed", TRANSPOSED),
     *layers("networks", NETWORKS),
+    *layers("grouped", GROUPED),
     *layers("cpm-layers", distinct(CPM2DPOSE)),
     *layers("segnet-layers", SEGNET),
     *kernelbench(),

@@ -302,7 +302,14 @@ def _thread_table(
     return Table((f"speed-up from {threads[1]} to {threads[0]} threads", *names), rows)
 
 
-_ROOFLINE_GROUPS = ("transposed", "networks", "cpm-layers", "segnet-layers", "kernelbench")
+_ROOFLINE_GROUPS = (
+    "transposed",
+    "networks",
+    "grouped",
+    "cpm-layers",
+    "segnet-layers",
+    "kernelbench",
+)
 
 
 def _roofline(report: _Report) -> list[Block]:
