@@ -26,6 +26,7 @@ __all__ = [
     "Draw",
     "Theme",
     "gpu_roofs",
+    "log_ticks",
     "present",
     "relative_times",
     "roofline",
@@ -110,8 +111,8 @@ def save(name: str, height: float, draw: Draw, folder: Path) -> None:
             figure.savefig(folder / f"{name}-{theme.name}.svg", metadata={"Date": None})
 
 
-def _times(low: float, high: float) -> list[float]:
-    """Ticks for a logarithmic axis of ratios, fewer where they would crowd."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis of a few decades at most, fewer where they would crowd."""
     steps = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
     ticks = [m * 10.0**e for e in range(-3, 4) for m in steps]
     return [tick for tick in ticks if low <= tick <= high]
@@ -143,7 +144,7 @@ def relative_times(cases: Sequence[CaseResult]) -> Draw:
         axes.axvline(1, color=COLOURS[OURS], linewidth=2, zorder=1)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        axes.set_xticks(_times(low, high), [f"{tick:g}x" for tick in _times(low, high)])
+        axes.set_xticks(log_ticks(low, high), [f"{tick:g}x" for tick in log_ticks(low, high)])
         axes.minorticks_off()
         axes.set_yticks(range(len(shown)), [_row_label(case, shown) for case in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..extras import import_extra
-from .charts import COLOURS, TITLES, Draw, Theme, present
+from .charts import COLOURS, TITLES, Draw, Theme, log_ticks, present
 from .results import OURS, CaseResult
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def scaling(
             for axes in (time, memory):
                 axes.set(xscale="log", yscale="log")
                 axes.set_xticks(values, [str(value) for value in values])
+                _label_values(axes)
                 axes.minorticks_off()
                 axes.grid(visible=True, linewidth=0.4)
             time.set_title(f"{subject}: {quantity}")
@@ -60,6 +61,18 @@ def scaling(
         _scaling_legend(figure, theme, present(cases), threads if fewer_threads else None)
 
     return draw
+
+
+def _label_values(axes: Axes) -> None:
+    """A decade at least: what hardly changes looks flat, and has more than one label."""
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        middle = (low * high) ** 0.5
+        low, high = middle / 10**0.5, middle * 10**0.5
+        axes.set_ylim(low, high)
+    if high < 30 * low:
+        ticks = log_ticks(low, high)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _series(case: CaseResult) -> tuple[str, str]:
