@@ -12,10 +12,10 @@ namespace {
 
 // Channels of a group that are read at most, and of the only group. 128 channels in 32 groups of 56 x 56 took 7.9 ms
 // through channel rows and take 1.4, 256 of 28 x 28 3.3 and 1.7, SegNet's first layer 109 and 87 us; from 3 channels to
-// 64 in one group 2.5 and 2.6 ms, at stride 2 6.4 and 10.4 (Zen 3, two threads).
+// 64 in one group 2.5 and 2.6 ms (3 x 3 taps), 6.4 and 10.4 (7 x 7 at stride 2; Zen 3, two threads).
 constexpr int64_t kMostChannels = 8;
 constexpr int64_t kMostAlone = 1;
-// Of channel rows: a cache line of floats.
+// Of channel rows: a cache line of floats. Two and four lines were no faster.
 constexpr int64_t kBundledChannels = 16;
 // Staged values of a band of rows: 24 KB of floats, which stay in L1. Bands are copied without a padding too: eight
 // rows at once are more streams than the hardware sees. 64 channels of 256 x 256, each by itself, took 5.2 ms where
@@ -205,7 +205,7 @@ class BundlePlanes {
 
   // `count` channels, whose biases begin at `packed_bias`.
   void run_channels(const PlanarArgs<T>& channels, int64_t packed_bias, int64_t count, int64_t rows) {
-    // Planes of several channels side by side are too far apart for it: 64 of 256 x 256 from three took 3.3 ms past the
+    // Planes of several channels side by side are too far apart for it: 64 of 256 x 256 from three took 3.5 ms past the
     // caches and 2.9 through them (Zen 3).
     const bool streams = count == 1 && streams_ && is_at_line(channels.out) && are_lines<T>(channels.columns);
     const PlanarTile<T>& tile = streams                                ? kernels_.planar_lines

@@ -172,11 +172,7 @@ class Sequence {
   static TensorView slice(const TensorView& whole, int64_t first, int64_t channels) {
     STD_TORCH_CHECK(first >= 0 && channels >= 0 && first + channels <= whole.c, "segpose: a slice has channels ", first,
                     " to ", first + channels, " of ", whole.c);
-    TensorView part = whole;
-    const int64_t bytes = first * whole.stride_c * static_cast<int64_t>(dtype_size(whole.dtype));
-    part.data = static_cast<char*>(whole.data) + bytes;
-    part.c = channels;
-    return part;
+    return whole.channels(first, channels);
   }
 
   std::vector<Tensor> fixed_;

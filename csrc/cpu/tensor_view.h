@@ -25,6 +25,14 @@ struct TensorView {
   T* as() const {
     return static_cast<T*>(data);
   }
+
+  // So many of its channels, from `first` on.
+  TensorView channels(int64_t first, int64_t count) const {
+    TensorView part = *this;
+    part.data = static_cast<char*>(data) + first * stride_c * static_cast<int64_t>(dtype_size(dtype));
+    part.c = count;
+    return part;
+  }
 };
 
 // [N, H, W, C] without gaps.

@@ -9,12 +9,6 @@ namespace {
 // Pixels further apart than this would need a wide row of zeros for those outside the image.
 constexpr int64_t kMostSpread = 4;
 
-TensorView channels_of(TensorView view, int64_t channel, int64_t channels) {
-  view.data = static_cast<char*>(view.data) + channel * view.stride_c * dtype_size(view.dtype);
-  view.c = channels;
-  return view;
-}
-
 }  // namespace
 
 TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, int64_t most_channels, Arena& arena)
@@ -28,7 +22,7 @@ TileReader::TileReader(Isa isa, const MaskedSource& source, int64_t edge, int64_
     tile_ = arena.take<float>(edge * edge * view.c);
   } else {
     band_ = arena.take<float>(edge * (view.w + 2 * edge) * most_channels);
-    row_ = arena.take<float>(source_row_scratch({channels_of(view, 0, most_channels), source.mask}));
+    row_ = arena.take<float>(source_row_scratch({view.channels(0, most_channels), source.mask}));
   }
 }
 
@@ -65,11 +59,11 @@ void TileReader::prefetch(int64_t image, int64_t h, int64_t w, int64_t columns, 
 TileRows TileReader::staged(int64_t image, int64_t h, int64_t w, int64_t channel, int64_t channels) {
   const int64_t width = (source_.view.w + 2 * edge_) * channels;
   if (image != band_image_ || h != band_h_ || channel != band_channel_ || channels != band_channels_) {
-    MaskedSource part{channels_of(source_.view, channel, channels), source_.mask};
+    MaskedSource part{source_.view.channels(channel, channels), source_.mask};
     SourceMask mask{};
     if (source_.mask != nullptr) {
       mask = *source_.mask;
-      mask.output = channels_of(mask.output, channel, channels);
+      mask.output = mask.output.channels(channel, channels);
       part.mask = &mask;
     }
     const int64_t margin = edge_ * channels;
