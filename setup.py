@@ -97,6 +97,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/packing.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/cpu/planar.cpp",
+    "csrc/cpu/planar_wgrad.cpp",
     "csrc/cpu/pool.cpp",
     "csrc/cpu/prepared.cpp",
     "csrc/cpu/results.cpp",

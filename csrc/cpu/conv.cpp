@@ -121,6 +121,7 @@ enum class GradientUse {
   fused,     // one pass, which packs its source and masks it on the way
   packed,    // several that pack: one masked copy in dy's dtype
   in_place,  // rows are read where they lie, in the compute type
+  planes,    // or planes are
 };
 
 // The bias gradient falls out of the same pass over dy.
@@ -129,11 +130,11 @@ MaskedGradient mask_gradient(const LayerBackward& layer, GradientUse use, const 
   const DType compute = compute_dtype_of(grad.dtype);
   MaskedGradient gradient{layer.grad, nullptr};
   const bool copied = use == GradientUse::in_place ? !layer.grad.in_place(compute)
-                                                   : use == GradientUse::packed && layer.grad.mask != nullptr;
+                                                   : use != GradientUse::fused && layer.grad.mask != nullptr;
   if (!copied && layer.grad_bias == nullptr) return gradient;
   const DType dtype = use == GradientUse::in_place ? compute : grad.dtype;
-  GradientPass pass{layer.grad, selected_isa(), nhwc_view(nullptr, dtype, grad.n, grad.c, grad.h, grad.w),
-                    layer.grad_bias};
+  const auto view = use == GradientUse::planes ? nchw_view : nhwc_view;
+  GradientPass pass{layer.grad, selected_isa(), view(nullptr, dtype, grad.n, grad.c, grad.h, grad.w), layer.grad_bias};
   if (copied) {
     gradient.storage = std::make_unique<Workspace>(grad.n * grad.c * grad.h * grad.w * dtype_size(dtype), like);
     pass.masked.data = gradient.storage->data();
@@ -180,13 +181,6 @@ bool backward_in_blocks(const LayerBackward& layer, const Tensor& weight, Precis
   return true;
 }
 
-void run_wgrad(const Plan& plan, const MaskedSource& grad, const MaskedSource& activation, const Tensor& grad_weight) {
-  const Executor executor = torch_executor();
-  const WgradPass pass{&plan, grad, activation, filter_of(grad_weight)};
-  const Workspace workspace(wgrad_workspace(pass, executor.workers), grad_weight);
-  run_wgrad_pass(pass, workspace.data(), executor);
-}
-
 }  // namespace
 
 Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -208,22 +202,46 @@ Tensor conv_forward(const Tensor& input, const Tensor& weight, const OptionalTen
 
 namespace {
 
-void backward_in_passes(const LayerBackward& layer, const Tensor& weight, const Tensor& grad_input,
-                        const Tensor& grad_weight, Precision precision) {
-  const BlockPlans plans = plans_of(layer, layer.problem.n, weight, precision);
+GatherPass input_gradient_pass(const LayerBackward& layer, const Plan& plan, const MaskedSource& grad) {
+  return {&plan, grad, layer.filter, nullptr, nullptr, 0, layer.grad_input, {Activation::none, 1.0}};
+}
+
+WgradPass weight_gradient_pass(const LayerBackward& layer, const Plan& plan, const MaskedSource& grad) {
+  const MaskedSource activation{layer.input, nullptr};
+  if (layer.transposed) return {&plan, activation, grad, layer.grad_filter};
+  return {&plan, grad, activation, layer.grad_filter};
+}
+
+GradientUse gradient_use(const LayerBackward& layer, const BlockPlans& plans) {
   const bool by_input = plans.input != nullptr;
   const bool by_weight = plans.weight != nullptr;
   const bool packed = (!by_input || plans.input->masks_source()) && (!by_weight || plans.weight->masks_source());
-  const GradientUse use = !packed                 ? GradientUse::in_place
-                          : by_input && by_weight ? GradientUse::packed
-                                                  : GradientUse::fused;
-  const MaskedGradient gradient = mask_gradient(layer, use, weight);
-  if (by_input) {
+  const TensorView& grad = layer.grad.view;
+  if (layer.grad.has_planes(compute_dtype_of(grad.dtype))) {
+    const MaskedSource masked{nchw_view(nullptr, grad.dtype, grad.n, grad.c, grad.h, grad.w), nullptr};
+    const bool input = by_input && reads_planes(input_gradient_pass(layer, *plans.input, masked));
+    const bool weight = by_weight && reads_planes(weight_gradient_pass(layer, *plans.weight, masked));
+    const bool others_pack =
+        (!by_input || input || plans.input->masks_source()) && (!by_weight || weight || plans.weight->masks_source());
+    if ((input || weight) && others_pack) return GradientUse::planes;
+  }
+  if (!packed) return GradientUse::in_place;
+  return by_input && by_weight ? GradientUse::packed : GradientUse::fused;
+}
+
+void backward_in_passes(const LayerBackward& layer, const Tensor& weight, const Tensor& grad_input,
+                        const Tensor& grad_weight, Precision precision) {
+  const BlockPlans plans = plans_of(layer, layer.problem.n, weight, precision);
+  const MaskedGradient gradient = mask_gradient(layer, gradient_use(layer, plans), weight);
+  if (plans.input != nullptr) {
     run_gather(*plans.input, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0}, precision);
   }
-  const MaskedSource activation{layer.input, nullptr};
-  if (by_weight && layer.transposed) run_wgrad(*plans.weight, activation, gradient.source, grad_weight);
-  if (by_weight && !layer.transposed) run_wgrad(*plans.weight, gradient.source, activation, grad_weight);
+  if (plans.weight != nullptr) {
+    const Executor executor = torch_executor();
+    const WgradPass pass = weight_gradient_pass(layer, *plans.weight, gradient.source);
+    const Workspace workspace(wgrad_workspace(pass, executor.workers), grad_weight);
+    run_wgrad_pass(pass, workspace.data(), executor);
+  }
 }
 
 }  // namespace

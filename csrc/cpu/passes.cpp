@@ -9,6 +9,7 @@
 #include "igemm.h"
 #include "packing.h"
 #include "planar.h"
+#include "planar_wgrad.h"
 #include "rows_conv.h"
 #include "split_conv.h"
 #include "split_wgrad.h"
@@ -220,6 +221,24 @@ bool activation_is_staged(const WgradPass& pass) {
 }
 
 template <class T>
+bool runs_planar(const WgradPass& pass) {
+  return pass.grad.mask == nullptr && pass.activation.mask == nullptr &&
+         wgrad_runs_planar<T>(*pass.plan, pass.grad.view, pass.activation.view);
+}
+
+template <class T>
+struct PlanarWgradBuffers {
+  T* partials;
+  char* scratch;
+
+  PlanarWgradBuffers(const WgradPass& pass, int64_t workers, Arena& arena) {
+    const TensorView &grad = pass.grad.view, &activation = pass.activation.view;
+    partials = arena.take<T>(planar_wgrad_partials<T>(*pass.plan, grad, activation));
+    scratch = arena.take<char>(workers * planar_wgrad_scratch<T>(*pass.plan, grad, activation));
+  }
+};
+
+template <class T>
 struct WgradBuffers {
   T* grad;
   T* activation;
@@ -241,6 +260,12 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
   const Plan& plan = *pass.plan;
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   Arena arena(workspace);
+  if (runs_planar<T>(pass)) {
+    const PlanarWgradBuffers<T> buffers(pass, executor.workers, arena);
+    launch_planar_wgrad<T>(
+        {&plan, pass.grad.view, pass.activation.view, buffers.partials, buffers.scratch, pass.destination}, executor);
+    return;
+  }
   const WgradBuffers<T> buffers(pass, executor.workers, arena);
   WgradLaunch<T> launch{&plan,           pass.grad.view,  pass.activation.view, buffers.partials,
                         buffers.scratch, pass.destination};
@@ -256,14 +281,27 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
   launch_wgrad(launch, executor);
 }
 
+// From planes; sums alone are not worth a way through channel rows.
+bool masks_planes(const GradientPass& pass) {
+  const DType compute = compute_dtype_of(pass.grad.view.dtype);
+  return pass.grad.has_planes(compute) && (pass.masked.data == nullptr || pass.masked.has_planes(compute));
+}
+
 template <class T>
 struct GradientBuffers {
-  T* scratch;
-  double* sums;
+  T* scratch = nullptr;
+  double* plane_sums = nullptr;
+  double* sums = nullptr;
 
   GradientBuffers(const GradientPass& pass, int64_t workers, Arena& arena) {
-    scratch = arena.take<T>(gradient_scratch<T>(ukernels<T>(pass.isa), pass.grad.view, workers));
-    sums = pass.bias_grad == nullptr ? nullptr : arena.take<double>(pass.grad.view.c);
+    const TensorView& grad = pass.grad.view;
+    const bool has_bias = pass.bias_grad != nullptr;
+    if (!masks_planes(pass)) {
+      scratch = arena.take<T>(gradient_scratch<T>(ukernels<T>(pass.isa), grad, workers));
+    } else if (has_bias) {
+      plane_sums = arena.take<double>(grad.n * grad.c);
+    }
+    if (has_bias) sums = arena.take<double>(grad.c);
   }
 };
 
@@ -272,7 +310,12 @@ void run_gradient(const GradientPass& pass, void* workspace, const Executor& exe
   Arena arena(workspace);
   const GradientBuffers<T> buffers(pass, executor.workers, arena);
   const GradientStage<T> request{pass.grad, pass.masked.data, pass.masked.dtype, buffers.sums};
-  stage_gradient(ukernels<T>(pass.isa), request, buffers.scratch, executor);
+  const Ukernels<T>& kernels = ukernels<T>(pass.isa);
+  if (masks_planes(pass)) {
+    stage_gradient_planes(kernels, request, buffers.plane_sums, executor);
+  } else {
+    stage_gradient(kernels, request, buffers.scratch, executor);
+  }
   const TensorView& grad = pass.grad.view;
   for (int64_t c = 0; pass.bias_grad != nullptr && c < grad.c; ++c) {
     store_element(pass.bias_grad, grad.dtype, c, buffers.sums[c]);
@@ -352,12 +395,26 @@ void run_gather_pass(const GatherPass& pass, void* workspace, const Executor& ex
   if (detour.taken) transpose_pixels(detour.request.destination, pass.destination, executor);
 }
 
+bool reads_planes(const GatherPass& pass) {
+  return dispatch_compute(pass.plan->dtype, [&](auto zero) {
+    return runs_planar<decltype(zero)>(*pass.plan, pass.source, pass.destination);
+  });
+}
+
+bool reads_planes(const WgradPass& pass) {
+  return dispatch_compute(pass.plan->dtype, [&](auto zero) { return runs_planar<decltype(zero)>(pass); });
+}
+
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers) {
   if (pass.plan->algorithm == Algorithm::split) return split_wgrad_workspace(pass, workers);
   if (pass.plan->packs_source()) return transform_wgrad_workspace(pass, workers);
   return dispatch_compute(pass.plan->dtype, [&](auto zero) {
     Arena arena(nullptr);
-    WgradBuffers<decltype(zero)> buffers(pass, workers, arena);
+    if (runs_planar<decltype(zero)>(pass)) {
+      const PlanarWgradBuffers<decltype(zero)> buffers(pass, workers, arena);
+    } else {
+      const WgradBuffers<decltype(zero)> buffers(pass, workers, arena);
+    }
     return arena.used();
   });
 }

@@ -43,6 +43,10 @@ struct WgradPass {
   FilterView destination;
 };
 
+// Whether a pass reads planes of the gradient where they lie.
+bool reads_planes(const GatherPass& pass);
+bool reads_planes(const WgradPass& pass);
+
 int64_t wgrad_workspace(const WgradPass& pass, int64_t workers);
 void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& executor);
 
@@ -50,7 +54,7 @@ void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& exec
 struct GradientPass {
   MaskedSource grad;
   Isa isa;
-  TensorView masked;  // NHWC in the compute type, or data == null when dy is read in place
+  TensorView masked;  // NHWC, or planes where dy has them, in the compute type; data == null when dy is read in place
   void* bias_grad;    // [c] of dy's dtype, or null
 };
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../common/integers.h"
-#include "row_table.h"
+#include "planar_band.h"
 #include "streaming.h"
 
 namespace segpose {
@@ -21,7 +21,6 @@ constexpr int64_t kBundledChannels = 16;
 // rows at once are more streams than the hardware sees. 64 channels of 256 x 256, each by itself, took 5.2 ms where
 // they lie and take 4.5, 3 x 7 taps over 128 channels 7.1 and 5.8 (Zen 3).
 constexpr int64_t kStagedValues = 6 << 10;
-constexpr int64_t kFewestColumns = 64;
 // Rows of a band are a multiple of the height of the tiles of several channels, or of those of one.
 constexpr int64_t kSeveralRows = 6;
 constexpr int64_t kSingleRows = 8;
@@ -45,48 +44,8 @@ bool in_tiles_of_several(const Plan& plan) {
   return plan.algorithm != Algorithm::depthwise && std::all_of(plan.panels.begin(), plan.panels.end(), several);
 }
 
-// A band of destination rows and columns, and what it reads: source rows from `low_h` on and columns from `low_w` on,
-// zeros outside of the source. The columns of a residue class of the stride lie side by side in a staged row.
-struct BandShape {
-  int64_t depth;         // staged planes
-  int64_t rows, cols;    // of a band
-  int64_t low_h, low_w;  // the first that destination row and column 0 read
-  int64_t staged_h;      // rows of a whole band
-  int64_t segment;       // staged values of a residue class of a row
-  int64_t row_size;
-
-  BandShape(const Plan& plan, const Phase& phase) : depth(depth_of(plan)) {
-    int64_t high_h = low_h = phase.taps.empty() ? 0 : phase.taps.front().off_h;
-    int64_t high_w = low_w = phase.taps.empty() ? 0 : phase.taps.front().off_w;
-    for (const Tap& tap : phase.taps) {
-      low_h = std::min(low_h, tap.off_h);
-      low_w = std::min(low_w, tap.off_w);
-      high_h = std::max(high_h, tap.off_h);
-      high_w = std::max(high_w, tap.off_w);
-    }
-    const int64_t unit = in_tiles_of_several(plan) ? kSeveralRows : kSingleRows;
-    const int64_t beyond_w = (high_w - low_w) / phase.istep_w;
-    const auto staged_rows = [&](int64_t count) { return (count - 1) * phase.istep_h + high_h - low_h + 1; };
-    const int64_t fitting = kStagedValues / (depth * phase.istep_w * staged_rows(unit)) - beyond_w;
-    cols = std::min(phase.cols, std::max(fitting / kFewestColumns * kFewestColumns, kFewestColumns));
-    segment = cols + beyond_w;
-    row_size = phase.istep_w * segment;
-    rows = unit;
-    while (rows < phase.rows && depth * staged_rows(rows + unit) * row_size <= kStagedValues) rows += unit;
-    staged_h = staged_rows(rows);
-  }
-
-  int64_t size() const { return depth * staged_h * row_size; }
-
-  // Of what a tap reads of a plane for destination pixel (0, 0).
-  int64_t offset(const Phase& phase, const Tap& tap, int64_t plane) const {
-    const int64_t w = tap.off_w - low_w;
-    return (plane * staged_h + tap.off_h - low_h) * row_size + w % phase.istep_w * segment + w / phase.istep_w;
-  }
-};
-
-bool is_planar(const TensorView& view, DType dtype) {
-  return view.dtype == dtype && view.stride_w == 1 && (view.c == 1 || view.stride_c != 1);
+PlanarBand band_of(const Plan& plan, const Phase& phase) {
+  return {phase, depth_of(plan), 0, in_tiles_of_several(plan) ? kSeveralRows : kSingleRows, kStagedValues};
 }
 
 // Groups that are staged and written together: of channel rows a cache line holds several.
@@ -108,7 +67,7 @@ struct Scratch {
     offsets = arena.take<int64_t>(plan.most_taps() * depth_of(plan));
     int64_t most = 0, most_results = 0;
     for (const Phase& phase : plan.phases) {
-      const BandShape band(plan, phase);
+      const PlanarBand band = band_of(plan, phase);
       most = std::max(most, band.size());
       most_results = std::max(most_results, band.rows * band.cols);
     }
@@ -129,7 +88,7 @@ class BundlePlanes {
         kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
         phase_(plan_.phases[phase]),
-        band_(plan_, phase_),
+        band_(band_of(plan_, phase_)),
         number_(static_cast<int64_t>(phase)),
         group_(group),
         groups_(groups),
@@ -159,7 +118,8 @@ class BundlePlanes {
 
  private:
   void run_band(int64_t row, int64_t rows, int64_t col) {
-    stage(row, rows, col);
+    stage_planes(kernels_, phase_, band_, launch_.source, source_, groups_ * band_.depth, row, rows, col,
+                 scratch_.staged);
     const TensorView& destination = launch_.destination;
     const int64_t row_step = phase_.ostep_h * destination.stride_h;
     const int64_t pixel_step = phase_.ostep_w * destination.stride_w;
@@ -225,56 +185,12 @@ class BundlePlanes {
     }
   }
 
-  // What the band at destination pixel (row, col) reads.
-  void stage(int64_t row, int64_t rows, int64_t col) {
-    const TensorView& source = launch_.source;
-    const int64_t planes = groups_ * band_.depth;
-    const int64_t plane_size = band_.staged_h * band_.row_size;
-    const int64_t staged = band_.staged_h - (band_.rows - rows) * phase_.istep_h;
-    const int64_t step = phase_.istep_w;
-    for (int64_t residue = 0; residue < step; ++residue) {
-      const int64_t first = col * step + band_.low_w + residue;
-      const int64_t begin = first_inside(first, step, 0, band_.segment);
-      const int64_t end = first_inside(first, step, source.w, band_.segment);
-      for (int64_t i = 0; i < staged; ++i) {
-        T* const out = scratch_.staged + i * band_.row_size + residue * band_.segment;
-        const int64_t h = row * phase_.istep_h + band_.low_h + i;
-        const bool inside = h >= 0 && h < source.h && begin < end;
-        for (int64_t c = 0; c < planes; ++c) {
-          std::fill_n(out + c * plane_size, inside ? begin : band_.segment, T{0});
-          if (inside) std::fill_n(out + c * plane_size + end, band_.segment - end, T{0});
-        }
-        if (!inside) continue;
-        const T* const line = source_ + h * source.stride_h + (first + begin * step) * source.stride_w;
-        copy_line(line, step * source.stride_w, end - begin, planes, out + begin, plane_size);
-      }
-    }
-  }
-
-  // Pixels `step` apart of some channels.
-  void copy_line(const T* line, int64_t step, int64_t pixels, int64_t planes, T* out, int64_t plane_size) {
-    const int64_t channel_step = launch_.source.stride_c;
-    if (channel_step == 1 && planes > 1) {
-      kernels_.transpose(line, step, pixels, planes, out, plane_size);
-      return;
-    }
-    for (int64_t c = 0; c < planes; ++c, line += channel_step, out += plane_size) {
-      if (step == 1) {
-        std::copy_n(line, pixels, out);
-      } else if (step == 2) {
-        for (int64_t w = 0; w < pixels; ++w) out[w] = line[w * 2];  // becomes vectors
-      } else {
-        for (int64_t w = 0; w < pixels; ++w) out[w] = line[w * step];
-      }
-    }
-  }
-
   const GatherLaunch<T>& launch_;
   const Plan& plan_;
   const Ukernels<T>& kernels_;
   const Scratch<T>& scratch_;
   const Phase& phase_;
-  BandShape band_;
+  PlanarBand band_;
   int64_t number_;  // of the phase
   int64_t group_, groups_;
   int64_t columns_;  // channels of a group's results
@@ -307,11 +223,7 @@ bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView&
   const int64_t least = kernels.vector_length * (depthwise ? kFewestVectors : 1);
   return std::all_of(plan.phases.begin(), plan.phases.end(), [&](const Phase& phase) {
     if ((planar && phase.ostep_w != 1) || phase.cols < least || phase.rows < tall) return false;
-    const BandShape band(plan, phase);
-    // Far apart, most taps of a pixel read the padding, which would be multiplied all the same.
-    const int64_t beyond_h = band.staged_h - (band.rows - 1) * phase.istep_h - 1;
-    const int64_t beyond_w = (band.segment - band.cols) * phase.istep_w;
-    return 2 * beyond_h <= source.view.h && 2 * beyond_w <= source.view.w;
+    return band_of(plan, phase).reads_mostly(phase, source.view);
   });
 }
 

@@ -192,6 +192,39 @@ void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T
 }
 
 template <class T>
+void stage_gradient_planes(const Ukernels<T>& kernels, const GradientStage<T>& stage, double* plane_sums,
+                           const Executor& executor) {
+  constexpr int64_t kMostLanes = kSumVectors * 16;
+  const TensorView& grad = stage.source.view;
+  const SourceMask* mask = stage.source.mask;
+  const int64_t pixels = grad.h * grad.w;
+  for_each_task(executor, grad.n * grad.c, [&](int64_t task, int64_t) {
+    const int64_t n = task / grad.c, c = task % grad.c;
+    T lanes[kMostLanes] = {};
+    MaskArgs<T> args{compute_dtype<T>(), nullptr, nullptr, nullptr, pixels, Activation::none, T{1}, nullptr, 0};
+    args.g = grad.template as<const T>() + n * grad.stride_n + c * grad.stride_c;
+    if (mask != nullptr) {
+      args.y = mask->output.template as<const T>() + n * mask->output.stride_n + c * mask->output.stride_c;
+      args.activation = mask->activation;
+      args.negative_slope = static_cast<T>(mask->negative_slope);
+    }
+    if (stage.destination != nullptr) args.out = static_cast<T*>(stage.destination) + task * pixels;
+    if (plane_sums != nullptr) args.sums = lanes;
+    args.period = kSumVectors * kernels.vector_length;
+    kernels.mask_line(args);
+    if (plane_sums == nullptr) return;
+    double sum = 0;
+    for (const T lane : lanes) sum += static_cast<double>(lane);
+    plane_sums[task] = sum;
+  });
+  if (plane_sums == nullptr) return;
+  for (int64_t c = 0; c < grad.c; ++c) {
+    stage.bias_grad[c] = 0;
+    for (int64_t n = 0; n < grad.n; ++n) stage.bias_grad[c] += plane_sums[n * grad.c + c];
+  }
+}
+
+template <class T>
 void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, int64_t count, int64_t columns,
                    const TensorView& destination, const int64_t* offsets, int64_t channel) {
   char* data = static_cast<char*>(destination.data);
@@ -239,12 +272,13 @@ void unstage_block(const Ukernels<T>& kernels, const T* rows, int64_t row_step, 
   }
 }
 
-#define SEGPOSE_INSTANTIATE(T)                                                                               \
-  template void load_source_row<T>(const Ukernels<T>&, const MaskedSource&, int64_t, int64_t, T*);           \
-  template void stage<T>(const Ukernels<T>&, const MaskedSource&, T*, const Executor&);                      \
-  template int64_t gradient_scratch<T>(const Ukernels<T>&, const TensorView&, int64_t);                      \
-  template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);         \
-  template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&, \
+#define SEGPOSE_INSTANTIATE(T)                                                                                   \
+  template void load_source_row<T>(const Ukernels<T>&, const MaskedSource&, int64_t, int64_t, T*);               \
+  template void stage<T>(const Ukernels<T>&, const MaskedSource&, T*, const Executor&);                          \
+  template int64_t gradient_scratch<T>(const Ukernels<T>&, const TensorView&, int64_t);                          \
+  template void stage_gradient<T>(const Ukernels<T>&, const GradientStage<T>&, T*, const Executor&);             \
+  template void stage_gradient_planes<T>(const Ukernels<T>&, const GradientStage<T>&, double*, const Executor&); \
+  template void unstage_block<T>(const Ukernels<T>&, const T*, int64_t, int64_t, int64_t, const TensorView&,     \
                                  const int64_t*, int64_t);
 SEGPOSE_INSTANTIATE(float)
 SEGPOSE_INSTANTIATE(double)

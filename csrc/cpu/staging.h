@@ -23,6 +23,10 @@ struct MaskedSource {
 
   // Its channel rows can be read where they are.
   bool in_place(DType compute) const { return mask == nullptr && view.has_channel_rows(compute); }
+
+  bool has_planes(DType compute) const {
+    return view.has_planes(compute) && (mask == nullptr || mask->output.has_planes(compute));
+  }
 };
 
 // One image row [w][c] in the compute type; `row` has room for source_row_scratch elements.
@@ -49,6 +53,11 @@ int64_t gradient_scratch(const Ukernels<T>& kernels, const TensorView& grad, int
 
 template <class T>
 void stage_gradient(const Ukernels<T>& kernels, const GradientStage<T>& stage, T* scratch, const Executor& executor);
+
+// The same from planes to planes of T without gaps. `plane_sums` has room for [n][c], or is null.
+template <class T>
+void stage_gradient_planes(const Ukernels<T>& kernels, const GradientStage<T>& stage, double* plane_sums,
+                           const Executor& executor);
 
 // Writes `rows` rows of `columns` values (`row_step` apart) to the pixels at element offsets `offsets` of
 // `destination`, starting at channel `channel`.

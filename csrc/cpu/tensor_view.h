@@ -19,6 +19,11 @@ struct TensorView {
   // Rows of channels can be read and written in place: one element after the other, in the compute type.
   bool has_channel_rows(DType compute) const { return dtype == compute && (c <= 1 || stride_c == 1); }
 
+  // Its pixels follow each other in planes, one for each channel, in the compute type.
+  bool has_planes(DType compute) const {
+    return dtype == compute && stride_w == 1 && (h <= 1 || stride_h == w) && (c <= 1 || stride_c != 1);
+  }
+
   int64_t offset(int64_t in, int64_t ih, int64_t iw) const { return in * stride_n + ih * stride_h + iw * stride_w; }
 
   template <class T>
@@ -38,6 +43,11 @@ struct TensorView {
 // [N, H, W, C] without gaps.
 inline TensorView nhwc_view(void* data, DType dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
   return {data, dtype, n, c, h, w, h * w * c, 1, w * c, c};
+}
+
+// [N, C, H, W] without gaps.
+inline TensorView nchw_view(void* data, DType dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return {data, dtype, n, c, h, w, c * h * w, h * w, w, 1};
 }
 
 // A filter [K, C / groups, R, S] with any strides.

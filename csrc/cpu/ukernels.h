@@ -165,6 +165,27 @@ struct PlanarTile {
   void (*run)(const PlanarArgs<T>&);
 };
 
+// out[filter][step] += sum over rows and columns of g[filter][row][col] * x[offsets[step] + row * x_step + col].
+template <class T>
+struct PlanarWgradArgs {
+  const T* g;
+  int64_t g_step;    // elements from one row to the next
+  int64_t g_filter;  // and from one filter to the next
+  const T* x;
+  int64_t x_step;
+  const int64_t* offsets;  // [steps of the tile]
+  int64_t rows, columns;
+  T* out;
+  int64_t out_filter;
+};
+
+template <class T>
+struct PlanarWgradTile {
+  int filters;
+  int steps;
+  void (*run)(const PlanarWgradArgs<T>&);
+};
+
 // Destination pixels, and where the tap at offset zero reads for each of them.
 template <class T>
 struct PointerArgs {
@@ -199,6 +220,8 @@ constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;
 constexpr int kPlanarTiles = 2;
 constexpr int kPlanarChannels = 4;  // of a tile of several
+constexpr int kPlanarWgradTiles = 3;
+constexpr int kPlanarWgradSteps = 9;  // of a tile at most
 
 // Rows tiles of few columns, whose filter is [run][nr][depth].
 template <class T>
@@ -228,8 +251,9 @@ struct Ukernels {
   // The pointers of the tap that reads so many rows and columns further.
   void (*point_rows)(const PointerArgs<T>&, int64_t off_h, int64_t off_w, const T** out);
   DotsTiles<T> dots;
-  PlanarTile<T> planar[kPlanarTiles];  // of several channels and of one
-  PlanarTile<T> planar_lines;          // of one channel, past the caches
+  PlanarTile<T> planar[kPlanarTiles];                  // of several channels and of one
+  PlanarTile<T> planar_lines;                          // of one channel, past the caches
+  PlanarWgradTile<T> planar_wgrad[kPlanarWgradTiles];  // many filters first, the last of one
 };
 
 template <class T>

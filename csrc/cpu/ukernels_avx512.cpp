@@ -40,6 +40,7 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 #include "staging-inl.h"
 #include "dots-inl.h"
 #include "planar-inl.h"
+#include "planar_wgrad-inl.h"
 #include "pointers-inl.h"
 // clang-format on
 
@@ -68,7 +69,8 @@ constexpr Ukernels<T> table() {
           point_rows<T>,
           dots_tiles<T>(),
           {planar_entry<T, kPlanarChannels, 6>(), planar_entry<T, 1, 8>()},
-          lines_entry<T, 1, 8>()};
+          lines_entry<T, 1, 8>(),
+          {planar_wgrad_entry<T, 4, 6>(), planar_wgrad_entry<T, 2, 6>(), planar_wgrad_entry<T, 1, 9>()}};
 }
 
 const Ukernels<float> kFloat = table<float>();

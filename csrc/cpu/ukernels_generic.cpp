@@ -14,6 +14,7 @@ namespace generic {
 #include "staging-inl.h"
 #include "dots-inl.h"
 #include "planar-inl.h"
+#include "planar_wgrad-inl.h"
 #include "pointers-inl.h"
 // clang-format on
 
@@ -37,7 +38,8 @@ constexpr Ukernels<T> table() {
           point_rows<T>,
           dots_tiles<T>(),
           {planar_entry<T, kPlanarChannels, 3>(), planar_entry<T, 1, 8>()},
-          lines_entry<T, 1, 2>()};
+          lines_entry<T, 1, 2>(),
+          {planar_wgrad_entry<T, 4, 3>(), planar_wgrad_entry<T, 2, 6>(), planar_wgrad_entry<T, 1, 9>()}};
 }
 
 const Ukernels<float> kFloat = table<float>();
