@@ -212,27 +212,38 @@ WgradPass weight_gradient_pass(const LayerBackward& layer, const Plan& plan, con
   return {&plan, grad, activation, layer.grad_filter};
 }
 
-GradientUse gradient_use(const LayerBackward& layer, const BlockPlans& plans) {
+// Whether one pass over the masked gradient reads planes, and the other does or copies what it reads. Of both passes,
+// wanted or not: the bias gradient is the same bit by bit whatever else is asked for.
+bool takes_planes(const LayerBackward& layer, const Tensor& weight, bool channels_last, Precision precision) {
+  const TensorView& grad = layer.grad.view;
+  if (!layer.grad.has_planes(compute_dtype_of(grad.dtype))) return false;
+  const TensorView& input = layer.input;
+  LayerBackward whole = layer;
+  whole.grad_input = (channels_last ? nhwc_view : nchw_view)(nullptr, input.dtype, input.n, input.c, input.h, input.w);
+  const MaskedSource masked{nchw_view(nullptr, grad.dtype, grad.n, grad.c, grad.h, grad.w), nullptr};
+  const auto input_plan = plan_for(layer.problem, input_pass(layer), weight, precision);
+  const auto weight_plan = plan_for(layer.problem, Pass::wgrad, weight, precision);
+  const bool by_input = reads_planes(input_gradient_pass(whole, *input_plan, masked));
+  const bool by_weight = reads_planes(weight_gradient_pass(whole, *weight_plan, masked));
+  return (by_input || by_weight) && (by_input || input_plan->masks_source()) &&
+         (by_weight || weight_plan->masks_source());
+}
+
+GradientUse gradient_use(const LayerBackward& layer, const BlockPlans& plans, const Tensor& weight, bool channels_last,
+                         Precision precision) {
+  if (takes_planes(layer, weight, channels_last, precision)) return GradientUse::planes;
   const bool by_input = plans.input != nullptr;
   const bool by_weight = plans.weight != nullptr;
   const bool packed = (!by_input || plans.input->masks_source()) && (!by_weight || plans.weight->masks_source());
-  const TensorView& grad = layer.grad.view;
-  if (layer.grad.has_planes(compute_dtype_of(grad.dtype))) {
-    const MaskedSource masked{nchw_view(nullptr, grad.dtype, grad.n, grad.c, grad.h, grad.w), nullptr};
-    const bool input = by_input && reads_planes(input_gradient_pass(layer, *plans.input, masked));
-    const bool weight = by_weight && reads_planes(weight_gradient_pass(layer, *plans.weight, masked));
-    const bool others_pack =
-        (!by_input || input || plans.input->masks_source()) && (!by_weight || weight || plans.weight->masks_source());
-    if ((input || weight) && others_pack) return GradientUse::planes;
-  }
   if (!packed) return GradientUse::in_place;
   return by_input && by_weight ? GradientUse::packed : GradientUse::fused;
 }
 
 void backward_in_passes(const LayerBackward& layer, const Tensor& weight, const Tensor& grad_input,
-                        const Tensor& grad_weight, Precision precision) {
+                        const Tensor& grad_weight, bool channels_last, Precision precision) {
   const BlockPlans plans = plans_of(layer, layer.problem.n, weight, precision);
-  const MaskedGradient gradient = mask_gradient(layer, gradient_use(layer, plans), weight);
+  const GradientUse use = gradient_use(layer, plans, weight, channels_last, precision);
+  const MaskedGradient gradient = mask_gradient(layer, use, weight);
   if (plans.input != nullptr) {
     run_gather(*plans.input, gradient.source, weight, std::nullopt, grad_input, {Activation::none, 1.0}, precision);
   }
@@ -259,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
     check_same_shape(*output, "output", input, shape);
   }
   const Ints none{0};
-  Tensor grad_input = need_input ? allocate_result(input, shape_of(problem, !attributes.transposed),
-                                                   suggests_channels_last(input) || suggests_channels_last(weight))
+  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
+  Tensor grad_input = need_input ? allocate_result(input, shape_of(problem, !attributes.transposed), channels_last)
                                  : torch::stable::new_empty(input, none);
   Tensor grad_weight = need_weight ? allocate_gradient(weight) : torch::stable::new_empty(weight, none);
   OptionalTensor grad_bias;
@@ -282,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
     if (need_weight && grad_weight.numel() > 0) layer.grad_filter = filter_of(grad_weight);
     if (need_bias) layer.grad_bias = grad_bias->data_ptr();
     if (!backward_in_blocks(layer, weight, precision)) {
-      backward_in_passes(layer, weight, grad_input, grad_weight, precision);
+      backward_in_passes(layer, weight, grad_input, grad_weight, channels_last, precision);
     }
   }
   return {grad_input, grad_weight, grad_bias.has_value() ? *grad_bias : torch::stable::new_empty(weight, none)};

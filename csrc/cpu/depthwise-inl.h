@@ -81,36 +81,41 @@ void depthwise_row(const DepthwiseArgs<T>& args) {
   for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
 }
 
-template <class T>
-void depthwise_wgrad_row(const WgradArgs<T>& args, int64_t channels) {
-  constexpr int kLength = Simd<T>::kLength;
-  constexpr int kVectors = 4;
+// A vector of channels, or the `left` ones at the end: the sums of some taps, which share the gradient.
+template <class T, bool Whole>
+SEGPOSE_INLINE void depthwise_wgrad_taps(const DepthwiseWgradArgs<T>& args, const DepthwiseWgradTap<T>* taps,
+                                         int64_t channel, int64_t left) {
   using Vector = typename Simd<T>::Vector;
-  int64_t channel = 0;
-  for (; channel + kVectors * kLength <= channels; channel += kVectors * kLength) {
-    Vector sums[kVectors] = {};
-    for (int64_t i = 0; i < args.count; ++i) {
-      const T* g = args.segments[i].g + channel;
-      const T* x = args.segments[i].x + channel;
-      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step) {
-        SEGPOSE_UNROLL
-        for (int v = 0; v < kVectors; ++v) sums[v] += load<T>(g + v * kLength) * load<T>(x + v * kLength);
-      }
-    }
+  constexpr int kTaps = kDepthwiseWgradTaps;
+  const T* g = args.g + channel;
+  const T* x[kTaps];
+  Vector sums[kTaps];
+  SEGPOSE_UNROLL
+  for (int t = 0; t < kTaps; ++t) {
+    x[t] = taps[t].x + channel;
+    sums[t] = load<T>(taps[t].sums + channel);
+  }
+  int64_t at = 0;
+  for (int64_t pixel = 0; pixel < args.pixels; ++pixel, g += args.g_step, at += args.x_step) {
+    const Vector gradient = load_some<T, Whole>(g, left);
     SEGPOSE_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      T* out = args.out + channel + v * kLength;
-      store<T>(out, load<T>(out) + sums[v]);
+    for (int t = 0; t < kTaps; ++t) sums[t] += gradient * load_some<T, Whole>(x[t] + at, left);
+  }
+  SEGPOSE_UNROLL
+  for (int t = 0; t < kTaps; ++t) store<T>(taps[t].sums + channel, sums[t]);
+}
+
+template <class T>
+void depthwise_wgrad_run(const DepthwiseWgradArgs<T>& args) {
+  constexpr int kLength = Simd<T>::kLength;
+  int64_t channel = 0;
+  for (; channel + kLength <= args.channels; channel += kLength) {
+    for (int64_t tap = 0; tap < args.count; tap += kDepthwiseWgradTaps) {
+      depthwise_wgrad_taps<T, true>(args, args.taps + tap, channel, kLength);
     }
   }
-  for (; channel < channels; ++channel) {
-    T sum = 0;
-    for (int64_t i = 0; i < args.count; ++i) {
-      const T* g = args.segments[i].g + channel;
-      const T* x = args.segments[i].x + channel;
-      for (int64_t pixel = 0; pixel < args.segments[i].length; ++pixel, g += args.g_step, x += args.x_step)
-        sum += *g * *x;
-    }
-    args.out[channel] += sum;
+  if (channel == args.channels) return;
+  for (int64_t tap = 0; tap < args.count; tap += kDepthwiseWgradTaps) {
+    depthwise_wgrad_taps<T, false>(args, args.taps + tap, channel, args.channels - channel);
   }
 }

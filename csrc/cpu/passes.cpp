@@ -210,6 +210,7 @@ struct Detour {
     const int64_t bytes = elements(view) * dtype_size(view.dtype);
     const bool scattered = pass.plan->phases.size() > 1 || pass.plan->transforms();
     if (!scattered || view.c == 1 || view.h * view.w == 1 || bytes > kMostBytes || !is_contiguous(view)) return;
+    if (reads_planes(pass)) return;  // which writes planes too
     request.destination = nhwc_view(arena.take<char>(bytes), view.dtype, view.n, view.c, view.h, view.w);
     taken = true;
   }
@@ -281,10 +282,9 @@ void run_wgrad(const WgradPass& pass, void* workspace, const Executor& executor)
   launch_wgrad(launch, executor);
 }
 
-// From planes; sums alone are not worth a way through channel rows.
 bool masks_planes(const GradientPass& pass) {
   const DType compute = compute_dtype_of(pass.grad.view.dtype);
-  return pass.grad.has_planes(compute) && (pass.masked.data == nullptr || pass.masked.has_planes(compute));
+  return pass.grad.has_planes(compute) && pass.masked.has_planes(compute);
 }
 
 template <class T>

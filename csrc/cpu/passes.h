@@ -54,7 +54,7 @@ void run_wgrad_pass(const WgradPass& pass, void* workspace, const Executor& exec
 struct GradientPass {
   MaskedSource grad;
   Isa isa;
-  TensorView masked;  // NHWC, or planes where dy has them, in the compute type; data == null when dy is read in place
+  TensorView masked;  // NHWC, or planes where dy has them, in the compute type; no data where dy is read in place
   void* bias_grad;    // [c] of dy's dtype, or null
 };
 

@@ -26,6 +26,8 @@ constexpr int64_t kPanelBytes = 512 << 10;
 constexpr int64_t kMinTasks = 16;
 constexpr int64_t kWgradFilters = 96;
 constexpr int64_t kWgradTasks = 24;
+// Of the gradient, for each of which a depthwise wgrad has sums of its own.
+constexpr int64_t kDepthwiseSplitValues = 32 << 10;
 // A wgrad reads copies of its pixels where they lie so far apart and so many filters and channels share the copies:
 // what a tile reads of a block of pixels, all panels at a time, and the filters that share them.
 constexpr int64_t kSpreadBytes = 512;
@@ -260,6 +262,13 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   }
   const int64_t pixels = problem.n * problem.p * problem.q;
   plan.block_m = std::clamp<int64_t>(pixels, 1, kWgradPixels);
+  if (depthwise) {
+    plan.k_block = 1;
+    plan.k_chunk = plan.block_m;
+    plan.splits = std::clamp<int64_t>(pixels * problem.groups / kDepthwiseSplitValues, 1,
+                                      std::clamp<int64_t>(problem.n * problem.p, 1, kWgradTasks));
+    return;
+  }
   plan.k_block = std::min(problem.k_per_group(), gathered ? problem.k_per_group() : kWgradFilters);
   plan.packs_pixels = plan.algorithm == Algorithm::igemm &&
                       std::min(problem.c_per_group(), problem.k_per_group()) >= kSharedColumns &&

@@ -44,8 +44,25 @@ bool in_tiles_of_several(const Plan& plan) {
   return plan.algorithm != Algorithm::depthwise && std::all_of(plan.panels.begin(), plan.panels.end(), several);
 }
 
-PlanarBand band_of(const Plan& plan, const Phase& phase) {
-  return {phase, depth_of(plan), 0, in_tiles_of_several(plan) ? kSeveralRows : kSingleRows, kStagedValues};
+// What is written of a group.
+int64_t results_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.columns(); }
+
+// The phases of a dgrad read the same rows: as one over all their taps, and the most rows and columns.
+Phase all_phases(const Plan& plan) {
+  Phase all = plan.phases.front();
+  for (size_t p = 1; p < plan.phases.size(); ++p) {
+    const Phase& phase = plan.phases[p];
+    all.taps.insert(all.taps.end(), phase.taps.begin(), phase.taps.end());
+    all.rows = std::max(all.rows, phase.rows);
+    all.cols = std::max(all.cols, phase.cols);
+  }
+  return all;
+}
+
+PlanarBand band_of(const Plan& plan, const Phase& all) {
+  const auto phases = static_cast<int64_t>(plan.phases.size());
+  return {all, depth_of(plan), phases > 1 ? phases * results_of(plan) : 0,
+          in_tiles_of_several(plan) ? kSeveralRows : kSingleRows, kStagedValues};
 }
 
 // Groups that are staged and written together: of channel rows a cache line holds several.
@@ -58,96 +75,163 @@ int64_t bundle_of(const Plan& plan, const TensorView& source, const TensorView& 
 
 template <class T>
 struct Scratch {
-  int64_t* offsets;  // [tap][plane]
+  int64_t* offsets;  // [phase][tap][plane]
   T* staged;         // [group of a bundle][plane][row][residue][column]
-  T* results;        // [channel of a bundle][row][column] on their way to channel rows
+  T* results;  // [phase][channel of a bundle][row][column] on their way to channel rows or to other phases, or null
 
   Scratch(const Plan& plan, const TensorView& source, const TensorView& destination, Arena& arena) {
     const int64_t bundle = bundle_of<T>(plan, source, destination);
-    offsets = arena.take<int64_t>(plan.most_taps() * depth_of(plan));
-    int64_t most = 0, most_results = 0;
-    for (const Phase& phase : plan.phases) {
-      const PlanarBand band = band_of(plan, phase);
-      most = std::max(most, band.size());
-      most_results = std::max(most_results, band.rows * band.cols);
-    }
-    staged = arena.take<T>(bundle * most);
-    results =
-        is_planar(destination, compute_dtype<T>()) ? nullptr : arena.take<T>(bundle * plan.columns() * most_results);
+    const Phase all = all_phases(plan);
+    const PlanarBand band = band_of(plan, all);
+    offsets = arena.take<int64_t>(static_cast<int64_t>(all.taps.size()) * band.depth);
+    staged = arena.take<T>(bundle * band.size());
+    const auto phases = static_cast<int64_t>(plan.phases.size());
+    const bool direct = phases == 1 && is_planar(destination, compute_dtype<T>());
+    results = direct ? nullptr : arena.take<T>(phases * bundle * results_of(plan) * band.rows * band.cols);
   }
 };
 
-// Some groups of an image, and the destination pixels of one phase.
+// Some groups of an image.
 template <class T>
 class BundlePlanes {
  public:
-  BundlePlanes(const GatherLaunch<T>& launch, const Scratch<T>& scratch, size_t phase, int64_t n, int64_t group,
-               int64_t groups)
+  BundlePlanes(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t n, int64_t group, int64_t groups)
       : launch_(launch),
         plan_(*launch.plan),
         kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
-        phase_(plan_.phases[phase]),
-        band_(band_of(plan_, phase_)),
-        number_(static_cast<int64_t>(phase)),
+        all_(all_phases(plan_)),
+        band_(band_of(plan_, all_)),
         group_(group),
         groups_(groups),
-        columns_(plan_.algorithm == Algorithm::depthwise ? 1 : plan_.columns()),
-        streams_(overflows_caches(launch.destination, sizeof(T)) &&
-                 are_lines<T>(phase_.ostep_h * launch.destination.stride_h) &&
+        columns_(results_of(plan_)),
+        streams_(overflows_caches(launch.destination, sizeof(T)) && are_lines<T>(launch.destination.stride_h) &&
                  are_lines<T>(launch.destination.stride_c)) {
     source_ = launch.source.template as<const T>() + n * launch.source.stride_n +
               group * band_.depth * launch.source.stride_c;
-    destination_ = launch.destination.template as<T>() + launch.destination.offset(n, phase_.oh, phase_.ow) +
+    destination_ = launch.destination.template as<T>() + n * launch.destination.stride_n +
                    group * columns_ * launch.destination.stride_c;
     int64_t step = 0;
-    for (const Tap& tap : phase_.taps) {
-      for (int64_t c = 0; c < band_.depth; ++c) scratch.offsets[step++] = band_.offset(phase_, tap, c);
+    for (const Tap& tap : all_.taps) {
+      for (int64_t c = 0; c < band_.depth; ++c) scratch.offsets[step++] = band_.offset(all_, tap, c);
     }
   }
 
-  // Destination rows [begin, end). Bands at a ragged end begin early, and some results are computed twice.
+  // Rows [begin, end) of every phase. Bands at a ragged end begin early, and some results are computed twice.
   void run(int64_t begin, int64_t end) {
     const int64_t rows = std::min(band_.rows, end - begin);
     for (int64_t row = begin; row < end; row += rows) {
-      for (int64_t col = 0; col < phase_.cols; col += band_.cols) {
-        run_band(std::min(row, end - rows), rows, std::min(col, phase_.cols - band_.cols));
+      for (int64_t col = 0; col < all_.cols; col += band_.cols) {
+        run_band(std::min(row, end - rows), rows, std::min(col, all_.cols - band_.cols));
       }
     }
   }
 
  private:
   void run_band(int64_t row, int64_t rows, int64_t col) {
-    stage_planes(kernels_, phase_, band_, launch_.source, source_, groups_ * band_.depth, row, rows, col,
+    stage_planes(kernels_, all_, band_, launch_.source, source_, groups_ * band_.depth, row, rows, col,
                  scratch_.staged);
     const TensorView& destination = launch_.destination;
-    const int64_t row_step = phase_.ostep_h * destination.stride_h;
-    const int64_t pixel_step = phase_.ostep_w * destination.stride_w;
-    T* const out = destination_ + row * row_step + col * pixel_step;
     PlanarArgs<T> args{};
-    args.a_step = phase_.istep_h * band_.row_size;
+    args.a_step = all_.istep_h * band_.row_size;
     args.offsets = scratch_.offsets;
-    args.count = static_cast<int64_t>(phase_.taps.size()) * band_.depth;
     args.columns = band_.cols;
     args.activation = launch_.epilogue.activation;
     args.negative_slope = static_cast<T>(launch_.epilogue.negative_slope);
-    const bool planar = scratch_.results == nullptr;
-    args.out_step = planar ? row_step : band_.cols;
-    args.out_channel = planar ? destination.stride_c : rows * band_.cols;
-    for (int64_t i = 0; i < groups_; ++i) {
-      args.a = scratch_.staged + i * band_.size();
-      args.out = (planar ? out : scratch_.results) + i * columns_ * args.out_channel;
-      run_group(args, group_ + i, rows);
+    if (scratch_.results == nullptr) {
+      args.out = destination_ + row * destination.stride_h + col;
+      args.out_step = destination.stride_h;
+      args.out_channel = destination.stride_c;
+      run_phase(args, 0, rows);
+      return;
     }
-    if (planar) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      kernels_.transpose(scratch_.results + r * band_.cols, args.out_channel, groups_ * columns_, band_.cols,
-                         out + r * row_step, pixel_step);
+    args.out = scratch_.results;
+    args.out_step = band_.cols;
+    args.out_channel = rows * band_.cols;
+    for (size_t p = 0; p < plan_.phases.size(); ++p) {
+      run_phase(args, p, rows);
+      args.out += groups_ * columns_ * args.out_channel;
+    }
+    if (is_planar(destination, compute_dtype<T>())) {
+      write_planes(row, rows, col);
+    } else {
+      write_channel_rows(row, rows, col);
     }
   }
 
-  void run_group(PlanarArgs<T> args, int64_t group, int64_t rows) {
-    const T* const packed = launch_.packed + launch_.layout->phase_offset(number_);
+  // All groups; moves to the offsets of the next phase.
+  void run_phase(PlanarArgs<T>& args, size_t phase, int64_t rows) {
+    T* const out = args.out;
+    args.count = static_cast<int64_t>(plan_.phases[phase].taps.size()) * band_.depth;
+    for (int64_t i = 0; i < groups_; ++i) {
+      args.a = scratch_.staged + i * band_.size();
+      args.out = out + i * columns_ * args.out_channel;
+      run_group(args, static_cast<int64_t>(phase), group_ + i, rows);
+    }
+    args.out = out;
+    args.offsets += args.count;
+  }
+
+  // The results of a phase, and of those that are written how many rows and columns.
+  struct Results {
+    const T* values;
+    int64_t rows, cols;
+  };
+  Results results(size_t phase, int64_t row, int64_t rows, int64_t col) const {
+    const Phase& own = plan_.phases[phase];
+    return {scratch_.results + static_cast<int64_t>(phase) * groups_ * columns_ * rows * band_.cols,
+            std::min(rows, own.rows - row), std::min(band_.cols, own.cols - col)};
+  }
+  T* first_pixel(const Phase& phase, int64_t row, int64_t col) const {
+    return destination_ + (phase.oh + row * phase.ostep_h) * launch_.destination.stride_h +
+           (phase.ow + col * phase.ostep_w) * launch_.destination.stride_w;
+  }
+
+  void write_channel_rows(int64_t row, int64_t rows, int64_t col) const {
+    for (size_t p = 0; p < plan_.phases.size(); ++p) {
+      const Phase& phase = plan_.phases[p];
+      const Results from = results(p, row, rows, col);
+      for (int64_t r = 0; r < from.rows; ++r) {
+        kernels_.transpose(from.values + r * band_.cols, rows * band_.cols, groups_ * columns_, from.cols,
+                           first_pixel(phase, row + r, col), phase.ostep_w * launch_.destination.stride_w);
+      }
+    }
+  }
+
+  // Two phases of a stride of two fill whole rows together.
+  void write_planes(int64_t row, int64_t rows, int64_t col) const {
+    const auto partner_of = [&](const Phase& phase, int64_t ow) {
+      size_t other = 0;
+      while (other < plan_.phases.size() &&
+             (phase.ostep_w != 2 || plan_.phases[other].oh != phase.oh || plan_.phases[other].ow != ow)) {
+        ++other;
+      }
+      return other;
+    };
+    for (size_t p = 0; p < plan_.phases.size(); ++p) {
+      const Phase& phase = plan_.phases[p];
+      const size_t partner = partner_of(phase, 1 - phase.ow);
+      const bool paired = partner < plan_.phases.size();
+      if (paired && phase.ow == 1) continue;
+      const Results from = results(p, row, rows, col);
+      const Results beside = paired ? results(partner, row, rows, col) : Results{from.values, 0, 0};
+      for (int64_t c = 0; c < groups_ * columns_; ++c) {
+        for (int64_t r = 0; r < from.rows; ++r) {
+          T* const out = first_pixel(phase, row + r, col) + c * launch_.destination.stride_c;
+          const T* const values = from.values + (c * rows + r) * band_.cols;
+          const T* const others = beside.values + (c * rows + r) * band_.cols;
+          for (int64_t i = 0; i < beside.cols; ++i) {
+            out[2 * i] = values[i];
+            out[2 * i + 1] = others[i];
+          }
+          for (int64_t i = beside.cols; i < from.cols; ++i) out[i * phase.ostep_w] = values[i];
+        }
+      }
+    }
+  }
+
+  void run_group(PlanarArgs<T> args, int64_t phase, int64_t group, int64_t rows) {
+    const T* const packed = launch_.packed + launch_.layout->phase_offset(phase);
     if (plan_.algorithm == Algorithm::depthwise) {
       args.w = packed + group;
       args.w_step = plan_.columns();
@@ -156,7 +240,7 @@ class BundlePlanes {
     }
     T* const out = args.out;
     for (const Panel& panel : plan_.panels) {
-      args.w = packed + launch_.layout->panel_offset(plan_, number_, group, panel);
+      args.w = packed + launch_.layout->panel_offset(plan_, phase, group, panel);
       args.w_step = panel.nr;
       args.out = out + panel.column * args.out_channel;
       run_channels(args, group * plan_.padded_columns() + panel.column, panel.columns, rows);
@@ -167,7 +251,8 @@ class BundlePlanes {
   void run_channels(const PlanarArgs<T>& channels, int64_t packed_bias, int64_t count, int64_t rows) {
     // Planes of several channels side by side are too far apart for it: 64 of 256 x 256 from three took 3.5 ms past the
     // caches and 2.9 through them (Zen 3).
-    const bool streams = count == 1 && streams_ && is_at_line(channels.out) && are_lines<T>(channels.columns);
+    const bool streams = count == 1 && streams_ && scratch_.results == nullptr && is_at_line(channels.out) &&
+                         are_lines<T>(channels.columns);
     const PlanarTile<T>& tile = streams                                ? kernels_.planar_lines
                                 : count >= kernels_.planar[0].channels ? kernels_.planar[0]
                                                                        : kernels_.planar[1];
@@ -189,9 +274,8 @@ class BundlePlanes {
   const Plan& plan_;
   const Ukernels<T>& kernels_;
   const Scratch<T>& scratch_;
-  const Phase& phase_;
+  Phase all_;
   PlanarBand band_;
-  int64_t number_;  // of the phase
   int64_t group_, groups_;
   int64_t columns_;  // channels of a group's results
   bool streams_;
@@ -214,17 +298,16 @@ bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView&
     return is_planar(view, dtype) || (takes_rows && view.has_channel_rows(dtype));
   };
   if (!fits(source.view) || !fits(destination) || destination.c == 1) return false;
-  const bool planar = is_planar(destination, dtype);
   const auto dots = [](const Panel& panel) { return panel.dots; };
   if (std::any_of(plan.panels.begin(), plan.panels.end(), dots)) return false;
   const Ukernels<T>& kernels = ukernels<T>(plan.isa);
   int64_t tall = 1;
   for (const PlanarTile<T>& tile : kernels.planar) tall = std::max<int64_t>(tall, tile.rows);
   const int64_t least = kernels.vector_length * (depthwise ? kFewestVectors : 1);
-  return std::all_of(plan.phases.begin(), plan.phases.end(), [&](const Phase& phase) {
-    if ((planar && phase.ostep_w != 1) || phase.cols < least || phase.rows < tall) return false;
-    return band_of(plan, phase).reads_mostly(phase, source.view);
-  });
+  const auto is_large = [&](const Phase& phase) { return phase.cols >= least && phase.rows >= tall; };
+  if (!std::all_of(plan.phases.begin(), plan.phases.end(), is_large)) return false;
+  const Phase all = all_phases(plan);
+  return band_of(plan, all).reads_mostly(all, source.view);
 }
 
 template <class T>
@@ -241,24 +324,17 @@ void launch_planar(const GatherLaunch<T>& launch, const Executor& executor) {
   const int64_t groups = groups_of(plan);
   const int64_t bundle = bundle_of<T>(plan, launch.source, launch.destination);
   const int64_t bundles = ceil_div(groups, bundle);
-  int64_t most = 1;    // values of a bundle's largest phase
-  int64_t fewest = 0;  // rows of a phase
-  for (const Phase& phase : plan.phases) {
-    most = std::max(most, phase.rows * phase.cols * launch.destination.c / bundles);
-    fewest = fewest == 0 ? phase.rows : std::min(fewest, phase.rows);
-  }
-  const int64_t parts = std::clamp<int64_t>(fewest / kTaskRows, 1, ceil_div(most, kTaskValues));
+  const int64_t rows = all_phases(plan).rows;
+  const int64_t values = launch.destination.h * launch.destination.w * launch.destination.c / bundles;
+  const int64_t parts = std::clamp<int64_t>(rows / kTaskRows, 1, ceil_div(values, kTaskValues));
   for_each_task(executor, plan.problem.n * bundles * parts, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
     const Scratch<T> scratch(plan, launch.source, launch.destination, arena);
     const int64_t part = task % parts;
     const int64_t image = task / parts / bundles;
     const int64_t group = task / parts % bundles * bundle;
-    for (size_t p = 0; p < plan.phases.size(); ++p) {
-      const int64_t rows = plan.phases[p].rows;
-      BundlePlanes<T>(launch, scratch, p, image, group, std::min(bundle, groups - group))
-          .run(rows * part / parts, rows * (part + 1) / parts);
-    }
+    BundlePlanes<T>(launch, scratch, image, group, std::min(bundle, groups - group))
+        .run(rows * part / parts, rows * (part + 1) / parts);
     finish_streaming();
   });
 }

@@ -3,12 +3,6 @@
 // activation are summed for several filters and steps (a tap and a channel) at once, and lane by lane at the end. A
 // text like ukernels-inl.h, included after dots-inl.h.
 
-template <class T, bool Whole>
-SEGPOSE_INLINE typename Simd<T>::Vector load_pixels(const T* source, int64_t left) {
-  if constexpr (Whole) return load<T>(source);
-  return load_columns<T>(source, left);
-}
-
 // A vector of columns, or the `left` ones at the end of a row.
 template <class T, int Filters, int Steps, bool Whole>
 SEGPOSE_INLINE void planar_wgrad_step(const T* g, int64_t g_filter, const T* const (&x)[Steps], int64_t col,
@@ -19,12 +13,12 @@ SEGPOSE_INLINE void planar_wgrad_step(const T* g, int64_t g_filter, const T* con
     Vector gradients[Filters];
     SEGPOSE_UNROLL
     for (int f = 0; f < Filters; ++f) {
-      gradients[f] = load_pixels<T, Whole>(g + f * g_filter + col, left);
+      gradients[f] = load_some<T, Whole>(g + f * g_filter + col, left);
       keep_in_register(gradients[f]);
     }
     SEGPOSE_UNROLL
     for (int s = 0; s < Steps; ++s) {
-      Vector value = load_pixels<T, Whole>(x[s] + col, left);
+      Vector value = load_some<T, Whole>(x[s] + col, left);
       if constexpr (Filters > 1) keep_in_register(value);
       SEGPOSE_UNROLL
       for (int f = 0; f < Filters; ++f) sums[f][s] += gradients[f] * value;
@@ -33,12 +27,12 @@ SEGPOSE_INLINE void planar_wgrad_step(const T* g, int64_t g_filter, const T* con
     Vector values[Steps];
     SEGPOSE_UNROLL
     for (int s = 0; s < Steps; ++s) {
-      values[s] = load_pixels<T, Whole>(x[s] + col, left);
+      values[s] = load_some<T, Whole>(x[s] + col, left);
       keep_in_register(values[s]);
     }
     SEGPOSE_UNROLL
     for (int f = 0; f < Filters; ++f) {
-      Vector gradient = load_pixels<T, Whole>(g + f * g_filter + col, left);
+      Vector gradient = load_some<T, Whole>(g + f * g_filter + col, left);
       keep_in_register(gradient);
       SEGPOSE_UNROLL
       for (int s = 0; s < Steps; ++s) sums[f][s] += gradient * values[s];

@@ -162,6 +162,13 @@ SEGPOSE_INLINE typename Simd<T>::Vector load_columns(const T* source, int64_t co
 #endif
 }
 
+// A whole vector, or its first `count` values.
+template <class T, bool Whole>
+SEGPOSE_INLINE typename Simd<T>::Vector load_some(const T* source, int64_t count) {
+  if constexpr (Whole) return load<T>(source);
+  return load_columns<T>(source, count);
+}
+
 // Integers as wide as T, to choose lanes with.
 template <class T>
 struct Lanes {

@@ -139,6 +139,24 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
+// sums[tap][channel] += sum over pixels of g[pixel][channel] * x[tap][pixel][channel], pixels `g_step` and `x_step`
+// apart.
+template <class T>
+struct DepthwiseWgradTap {
+  const T* x;
+  T* sums;  // whole vectors
+};
+
+template <class T>
+struct DepthwiseWgradArgs {
+  const DepthwiseWgradTap<T>* taps;  // a tile follows them, whose sums are of no use
+  int64_t count;
+  const T* g;
+  int64_t g_step, x_step;
+  int64_t pixels;
+  int64_t channels;
+};
+
 // out[channel][row][col] = act(sum over steps of a[offsets[step] + row * a_step + col] * w[step * w_step + channel] +
 // bias[channel]) for the channels and rows of a tile.
 template <class T>
@@ -218,6 +236,7 @@ constexpr int kMaxWgradTiles = 16;
 constexpr int kMaxRowsTiles = 10;
 constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;
+constexpr int kDepthwiseWgradTaps = 9;  // of a tile
 constexpr int kPlanarTiles = 2;
 constexpr int kPlanarChannels = 4;  // of a tile of several
 constexpr int kPlanarWgradTiles = 3;
@@ -241,7 +260,7 @@ struct Ukernels {
   int rows_tiles;
   RowsTile<T> rows[kMaxRowsTiles];  // wide and tall first; every width has tiles of one row
   void (*depthwise)(const DepthwiseArgs<T>&);
-  void (*depthwise_wgrad)(const WgradArgs<T>&, int64_t channels);  // out[c] += sum of g[pixel][c] * x[pixel][c]
+  void (*depthwise_wgrad)(const DepthwiseWgradArgs<T>&);
   void (*load_row)(DType dtype, const void* source, int64_t count, T* row);
   void (*store_row)(DType dtype, const T* row, int64_t count, void* destination);
   void (*mask_line)(const MaskArgs<T>&);

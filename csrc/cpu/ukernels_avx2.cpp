@@ -58,8 +58,8 @@ __attribute__((always_inline)) inline void streaming_store(double* destination, 
 
 // clang-format off: each text uses those before it
 #include "ukernels-inl.h"
-#include "depthwise-inl.h"
 #include "staging-inl.h"
+#include "depthwise-inl.h"
 #include "dots-inl.h"
 #include "planar-inl.h"
 #include "planar_wgrad-inl.h"
@@ -80,7 +80,7 @@ constexpr Ukernels<T> table() {
            rows_entry<T, 1, 2>(), rows_entry<T, 13, 1>(), rows_entry<T, 7, 1>(), rows_entry<T, 4, 1>(),
            rows_entry<T, 2, 1>(), rows_entry<T, 1, 1>()},
           depthwise_row<T>,
-          depthwise_wgrad_row<T>,
+          depthwise_wgrad_run<T>,
           load_row<T>,
           store_row<T>,
           mask_line<T>,

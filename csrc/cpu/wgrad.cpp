@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../common/integers.h"
+#include "depthwise_wgrad.h"
 #include "packing.h"
 #include "row_table.h"
 #include "rows_stage.h"
@@ -255,10 +256,7 @@ void run_task(const WgradLaunch<T>& launch, const PartialLayout& layout, int64_t
       args.count = fill_segments(launch, tap, begin, end, scratch.segments);
     }
     if (args.count == 0) continue;
-    if (plan.algorithm == Algorithm::depthwise) {
-      args.out = out;
-      kernels.depthwise_wgrad(args, problem.groups);
-    } else if (plan.packs_pixels) {
+    if (plan.packs_pixels) {
       accumulate_packed(plan, kernels, args, group * problem.k_per_group() + first, group * problem.c_per_group(),
                         count, out, layout.padded, scratch.packed);
     } else {
@@ -273,7 +271,6 @@ template <class T>
 void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout, const Executor& executor) {
   const Plan& plan = *launch.plan;
   const ConvProblem& problem = plan.problem;
-  const bool depthwise = plan.algorithm == Algorithm::depthwise;
   const int64_t channels = problem.c_per_group();
   const int64_t scratch_bytes = wgrad_scratch<T>(plan);
   const Executor serial{1, nullptr};
@@ -283,9 +280,8 @@ void reduce_and_store(const WgradLaunch<T>& launch, const PartialLayout& layout,
     for (int64_t t = 0; t < problem.taps(); ++t) {
       const int64_t column = t % layout.unit_taps * channels;
       const int64_t unit = t / layout.unit_taps;
-      const int64_t base = depthwise           ? layout.row(0, t, 0) + k
-                           : plan.filter_lanes ? layout.row(0, unit, column) + k
-                                               : layout.row(k / layout.filters, unit, k % layout.filters) + column;
+      const int64_t base = plan.filter_lanes ? layout.row(0, unit, column) + k
+                                             : layout.row(k / layout.filters, unit, k % layout.filters) + column;
       const int64_t step = plan.filter_lanes ? layout.padded : 1;
       T* const sums = line + t * channels;
       for (int64_t split = 0; split < plan.splits; ++split) {
@@ -313,11 +309,13 @@ int64_t wgrad_reads_past(const Plan& plan) {
 
 template <class T>
 int64_t wgrad_partials(const Plan& plan) {
+  if (plan.algorithm == Algorithm::depthwise) return depthwise_wgrad_partials(plan);
   return plan.splits * PartialLayout(plan).size();
 }
 
 template <class T>
 int64_t wgrad_scratch(const Plan& plan) {
+  if (plan.algorithm == Algorithm::depthwise) return depthwise_wgrad_scratch<T>(plan);
   Arena arena(nullptr);
   if (in_rows(plan)) {
     const BandScratch<T> scratch(plan, {}, arena);
@@ -333,6 +331,7 @@ int64_t wgrad_scratch(const Plan& plan) {
 template <class T>
 void launch_wgrad(const WgradLaunch<T>& launch, const Executor& executor) {
   const Plan& plan = *launch.plan;
+  if (plan.algorithm == Algorithm::depthwise) return launch_depthwise_wgrad(launch, executor);
   const PartialLayout layout(plan);
   const int64_t k_blocks = ceil_div(layout.filters, plan.k_block);
   const int64_t scratch_bytes = wgrad_scratch<T>(plan);
