@@ -5,6 +5,7 @@ memory formats: csrc/cpu/planar.h.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def compare(
     groups: int,
     kernel: tuple[int, int],
     images: int = 2,
+    transposed: bool = False,
     **options: Any,
 ) -> None:
     """Output and every gradient against float64; input, weight and gradient in both formats.
@@ -41,13 +43,16 @@ def compare(
     `channels` are those of a group.
     """
     inner, outer = channels
+    sides = (groups * inner, outer) if transposed else (groups * outer, inner)
     operands = [
         torch.randn(images, groups * inner, *size).to(dtype),
-        torch.randn(groups * outer, inner, *kernel).to(dtype),
+        torch.randn(*sides, *kernel).to(dtype),
         torch.randn(groups * outer).to(dtype),
     ]
     exact = [t.double().clone().requires_grad_() for t in operands]
-    expected = F.leaky_relu(F.conv2d(*exact, groups=groups, **options), 0.1)
+    plain = F.conv_transpose2d if transposed else F.conv2d
+    fused = functional.conv_transpose2d_act if transposed else functional.conv2d_act
+    expected = F.leaky_relu(plain(*exact, groups=groups, **options), 0.1)
     grad = torch.randn_like(expected).to(dtype)
     expected.backward(grad.double())
     for of_input in FORMATS:
@@ -57,9 +62,7 @@ def compare(
             given[1] = given[1].contiguous(memory_format=of_weight)
             for tensor in given:
                 tensor.requires_grad_()
-            y = functional.conv2d_act(
-                *given, groups=groups, activation="leaky_relu", negative_slope=0.1, **options
-            )
+            y = fused(*given, groups=groups, activation="leaky_relu", negative_slope=0.1, **options)
             y.backward(grad.contiguous(memory_format=of_weight))
             for name, value, reference in zip(
                 ("output", "input", "weight", "bias"),
@@ -105,6 +108,22 @@ def test_geometry(dtype: torch.dtype, channels: tuple[int, int]) -> None:
         compare(channels, size, dtype, groups=3, **options)
 
 
+@pytest.mark.parametrize("channels", [(1, 1), (2, 3), (4, 4), (8, 2)], ids=str)
+def test_transposed(channels: tuple[int, int]) -> None:
+    """Phases that fill rows together: of a stride of two in pairs, of others one by one; of extents
+    that are no multiple of the stride, and phases without a tap.
+    """
+    for size, options in (
+        ((10, 18), {"kernel": (4, 4), "padding": 1, "stride": 2}),
+        ((12, 17), {"kernel": (3, 3), "padding": 1, "stride": 2}),
+        ((12, 17), {"kernel": (3, 3), "padding": 1, "stride": 2, "output_padding": 1}),
+        ((9, 40), {"kernel": (2, 5), "stride": 3}),
+        ((20, 16), {"kernel": (1, 1), "stride": (1, 2)}),
+        ((11, 70), {"kernel": (3, 4), "padding": (0, 2), "stride": (2, 1)}),
+    ):
+        compare(channels, size, groups=5, transposed=True, **options)
+
+
 @pytest.mark.parametrize("outer", [1, 3, 4, 10, 33])
 def test_one_channel(outer: int) -> None:
     """The only channel of an image is a plane in both formats."""
@@ -130,17 +149,75 @@ def test_slices(groups: int) -> None:
         assert relative_l2(y, expected) < 2e-6
 
 
-def test_threads_do_not_change_results() -> None:
+@pytest.mark.parametrize("channels", [(1, 1), (2, 4)], ids=str)
+def test_gradient_is_a_slice(channels: tuple[int, int]) -> None:
+    """Gradient and input lie in larger tensors with NaN around them."""
+    inner, outer = channels
+    groups = 6
+    weight = torch.randn(groups * outer, inner, 3, 3, requires_grad=True)
+    bias = torch.randn(groups * outer, requires_grad=True)
     for memory_format in FORMATS:
-        x = torch.randn(1, 64, 61, 67).contiguous(memory_format=memory_format)
-        weight, bias = torch.randn(64, 4, 3, 3), torch.randn(64)
+
+        def sliced(channels: int, memory_format: torch.memory_format = memory_format) -> Tensor:
+            wide = torch.full((2, channels + 5, 20, 60), float("nan"))
+            wide[:, 2:-3, 3:17, 5:35] = torch.randn(2, channels, 14, 30)
+            return wide.contiguous(memory_format=memory_format)[:, 2:-3, 3:17, 5:35]
+
+        x, grad = sliced(groups * inner).requires_grad_(), sliced(groups * outer)
+        y = functional.conv2d_act(x, weight, bias, padding=1, groups=groups, activation="relu")
+        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        expected = F.relu(F.conv2d(*exact, padding=1, groups=groups))
+        for value, reference in zip(
+            torch.autograd.grad(y, (x, weight, bias), grad),
+            torch.autograd.grad(expected, exact, grad.double()),
+            strict=True,
+        ):
+            assert relative_l2(value, reference) < 2e-6
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (1, 2), (4, 4), (3, 40), (9, 2)], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_every_subset_of_gradients(
+    channels: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    """Bitwise those of the full backward, whichever passes read planes."""
+    inner, outer = channels
+    operands = [
+        torch.randn(2, 4 * inner, 13, 20).contiguous(memory_format=memory_format),
+        torch.randn(4 * outer, inner, 3, 3),
+        torch.randn(4 * outer),
+    ]
+    grad = torch.randn(2, 4 * outer, 13, 20).contiguous(memory_format=memory_format)
+
+    def gradients(wanted: tuple[bool, bool, bool]) -> list[Tensor | None]:
+        given = [t.clone().requires_grad_(want) for t, want in zip(operands, wanted, strict=True)]
+        functional.conv2d_act(*given, padding=1, groups=4, activation="relu").backward(grad)
+        return [t.grad for t in given]
+
+    full = gradients((True, True, True))
+    for wanted in itertools.product((False, True), repeat=3):
+        if not any(wanted):
+            continue
+        for value, expected, want in zip(gradients(wanted), full, wanted, strict=True):
+            assert (value is not None) == want
+            if value is not None and expected is not None:
+                assert torch.equal(value, expected)
+
+
+def test_threads_do_not_change_results() -> None:
+    for memory_format, (inner, outer) in itertools.product(FORMATS, ((4, 4), (1, 2), (1, 1))):
+        x = torch.randn(1, 16 * inner, 61, 67).contiguous(memory_format=memory_format)
+        weight, bias = torch.randn(16 * outer, inner, 3, 3), torch.randn(16 * outer)
+        grad = torch.randn(1, 16 * outer, 61, 67).contiguous(memory_format=memory_format)
+        given = [t.requires_grad_() for t in (x, weight, bias)]
         results = []
         before = torch.get_num_threads()
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(functional.conv2d_act(x, weight, bias, padding=1, groups=16))
+                y = functional.conv2d_act(*given, padding=1, groups=16)
+                results.append([y, *torch.autograd.grad(y, given, grad)])
         finally:
             torch.set_num_threads(before)
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))

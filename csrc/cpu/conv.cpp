@@ -212,30 +212,40 @@ WgradPass weight_gradient_pass(const LayerBackward& layer, const Plan& plan, con
   return {&plan, grad, activation, layer.grad_filter};
 }
 
-// Whether one pass over the masked gradient reads planes, and the other does or copies what it reads. Of both passes,
-// wanted or not: the bias gradient is the same bit by bit whatever else is asked for.
-bool takes_planes(const LayerBackward& layer, const Tensor& weight, bool channels_last, Precision precision) {
-  const TensorView& grad = layer.grad.view;
-  if (!layer.grad.has_planes(compute_dtype_of(grad.dtype))) return false;
-  const TensorView& input = layer.input;
-  LayerBackward whole = layer;
-  whole.grad_input = (channels_last ? nhwc_view : nchw_view)(nullptr, input.dtype, input.n, input.c, input.h, input.w);
-  const MaskedSource masked{nchw_view(nullptr, grad.dtype, grad.n, grad.c, grad.h, grad.w), nullptr};
-  const auto input_plan = plan_for(layer.problem, input_pass(layer), weight, precision);
-  const auto weight_plan = plan_for(layer.problem, Pass::wgrad, weight, precision);
-  const bool by_input = reads_planes(input_gradient_pass(whole, *input_plan, masked));
-  const bool by_weight = reads_planes(weight_gradient_pass(whole, *weight_plan, masked));
-  return (by_input || by_weight) && (by_input || input_plan->masks_source()) &&
-         (by_weight || weight_plan->masks_source());
-}
+// How the passes would run over a masked copy of dy, which has planes or channel rows. Both of them, wanted or not:
+// what a gradient is, bit by bit, does not depend on what else is asked for.
+struct MaskedPasses {
+  std::shared_ptr<const Plan> input_plan, weight_plan;
+  bool input_planar, weight_planar;
+
+  MaskedPasses(const LayerBackward& layer, bool has_planes, const Tensor& weight, bool channels_last,
+               Precision precision)
+      : input_plan(plan_for(layer.problem, input_pass(layer), weight, precision)),
+        weight_plan(plan_for(layer.problem, Pass::wgrad, weight, precision)) {
+    const auto view = [](bool rows, const TensorView& like, DType dtype) {
+      return (rows ? nhwc_view : nchw_view)(nullptr, dtype, like.n, like.c, like.h, like.w);
+    };
+    const TensorView& grad = layer.grad.view;
+    LayerBackward whole = layer;
+    whole.grad_input = view(channels_last, layer.input, layer.input.dtype);
+    const MaskedSource masked{view(!has_planes, grad, compute_dtype_of(grad.dtype)), nullptr};
+    input_planar = reads_planes(input_gradient_pass(whole, *input_plan, masked));
+    weight_planar = reads_planes(weight_gradient_pass(whole, *weight_plan, masked));
+  }
+
+  bool input_packs() const { return input_plan->masks_source() && !input_planar; }
+  bool weight_packs() const { return weight_plan->masks_source() && !weight_planar; }
+};
 
 GradientUse gradient_use(const LayerBackward& layer, const BlockPlans& plans, const Tensor& weight, bool channels_last,
                          Precision precision) {
-  if (takes_planes(layer, weight, channels_last, precision)) return GradientUse::planes;
+  const bool has_planes = layer.grad.has_planes(compute_dtype_of(layer.grad.view.dtype));
+  const MaskedPasses passes(layer, has_planes, weight, channels_last, precision);
+  // The other pass might copy them into channel rows, in place of the gradient and the output.
+  if (has_planes && (passes.input_planar || passes.weight_planar)) return GradientUse::planes;
   const bool by_input = plans.input != nullptr;
   const bool by_weight = plans.weight != nullptr;
-  const bool packed = (!by_input || plans.input->masks_source()) && (!by_weight || plans.weight->masks_source());
-  if (!packed) return GradientUse::in_place;
+  if ((by_input && !passes.input_packs()) || (by_weight && !passes.weight_packs())) return GradientUse::in_place;
   return by_input && by_weight ? GradientUse::packed : GradientUse::fused;
 }
 

@@ -162,7 +162,8 @@ bool wgrad_runs_planar(const Plan& plan, const TensorView& grad, const TensorVie
   // Depthwise, channel rows are vectors already.
   const bool rows = !is_planar(grad, dtype) && !is_planar(activation, dtype);
   if (rows && plan.algorithm == Algorithm::depthwise) return false;
-  if (2 * problem.q < ukernels<T>(plan.isa).vector_length) return false;
+  const int64_t vector = ukernels<T>(plan.isa).vector_length;
+  if (plan.algorithm == Algorithm::depthwise ? problem.q < 2 * vector : 2 * problem.q < vector) return false;
   return Cut<T>(plan, grad, activation).band.reads_mostly(plan.phases.front(), activation);
 }
 
