@@ -91,6 +91,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/chain.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/depthwise.cpp",
+    "csrc/cpu/depthwise_blocks.cpp",
     "csrc/cpu/depthwise_wgrad.cpp",
     "csrc/cpu/formats.cpp",
     "csrc/cpu/igemm.cpp",

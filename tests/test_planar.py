@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Convolutions of a few channels a group on the CPU kernels, which run in planes from and to both
-memory formats: csrc/cpu/planar.h.
+memory formats or, depthwise, in blocks of channels: csrc/cpu/planar.h, depthwise_blocks.h.
 """
 
 from __future__ import annotations
@@ -106,6 +106,25 @@ def test_geometry(dtype: torch.dtype, channels: tuple[int, int]) -> None:
         ((12, 12), {"kernel": (13, 13), "padding": 6}),
     ):
         compare(channels, size, dtype, groups=3, **options)
+
+
+@pytest.mark.parametrize("groups", [16, 21, 40])
+def test_depthwise_blocks(groups: int) -> None:
+    """A cache line of channels at a time: rows in several bands, columns in several blocks of which
+    the last begins early, tiles of every width, strides, and the phases of a transposed one.
+    """
+    for size, options in (
+        ((6, 700), {"kernel": (3, 3), "padding": 1}),
+        ((11, 519), {"kernel": (7, 7), "padding": 3}),
+        ((60, 58), {"kernel": (5, 5), "padding": 2}),
+        ((5, 4), {"kernel": (3, 3), "padding": 1}),
+        ((9, 7), {"kernel": (2, 3), "padding": (0, 1)}),
+        ((14, 14), {"kernel": (3, 3), "padding": 2, "dilation": 2}),
+        ((29, 31), {"kernel": (5, 3), "padding": (2, 1), "stride": (2, 3)}),
+        ((16, 15), {"kernel": (4, 4), "padding": 1, "stride": 2, "transposed": True}),
+        ((10, 11), {"kernel": (3, 3), "padding": 1, "stride": 2, "transposed": True}),
+    ):
+        compare((1, 1), size, groups=groups, images=1, **options)
 
 
 @pytest.mark.parametrize("channels", [(1, 1), (2, 3), (4, 4), (8, 2)], ids=str)

@@ -81,6 +81,57 @@ void depthwise_row(const DepthwiseArgs<T>& args) {
   for (; pixel < args.pixels; ++pixel) depthwise_pixels<T, 1>(args, pixel);
 }
 
+// `Pixels` from `first` on and `Vectors` of the block's channels from `channel` on.
+template <class T, int Pixels, int Vectors>
+SEGPOSE_INLINE void depthwise_block_tile(const DepthwiseBlockArgs<T>& args, int64_t first, int channel) {
+  constexpr int kLength = Simd<T>::kLength;
+  constexpr int kBlock = 64 / static_cast<int>(sizeof(T));
+  using Vector = typename Simd<T>::Vector;
+  Vector sums[Pixels][Vectors] = {};
+  const T* w = args.w + channel;
+  for (int64_t tap = 0; tap < args.count; ++tap, w += args.w_step) {
+    const T* a = args.a + args.offsets[tap] + first * kBlock + channel;
+    Vector weights[Vectors];
+    SEGPOSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) weights[v] = load<T>(w + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      SEGPOSE_UNROLL
+      for (int v = 0; v < Vectors; ++v) sums[m][v] += load<T>(a + m * kBlock + v * kLength) * weights[v];
+    }
+  }
+  SEGPOSE_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    Vector bias = {};
+    if (args.bias != nullptr) bias = load<T>(args.bias + channel + v * kLength);
+    SEGPOSE_UNROLL
+    for (int m = 0; m < Pixels; ++m) {
+      store<T>(args.out + (first + m) * args.out_step + channel + v * kLength,
+               activate<T>(sums[m][v] + bias, args.activation, args.negative_slope));
+    }
+  }
+}
+
+// The last tile begins early, and computes some pixels twice.
+template <class T, int Pixels>
+void depthwise_block(const DepthwiseBlockArgs<T>& args) {
+  constexpr int kLength = Simd<T>::kLength;
+  constexpr int kBlock = 64 / static_cast<int>(sizeof(T));
+  // 14 sums and two weights are the registers of AVX2.
+  constexpr int kVectors = 2 * kLength <= kBlock && 2 * Pixels <= 14 ? 2 : 1;
+  for (int64_t pixel = 0; pixel < args.pixels; pixel += Pixels) {
+    const int64_t first = pixel + Pixels <= args.pixels ? pixel : args.pixels - Pixels;
+    for (int channel = 0; channel < kBlock; channel += kVectors * kLength) {
+      depthwise_block_tile<T, Pixels, kVectors>(args, first, channel);
+    }
+  }
+}
+
+template <class T, int Pixels>
+constexpr DepthwiseBlockTile<T> depthwise_block_entry() {
+  return {Pixels, depthwise_block<T, Pixels>};
+}
+
 // A vector of channels, or the `left` ones at the end: the sums of some taps, which share the gradient.
 template <class T, bool Whole>
 SEGPOSE_INLINE void depthwise_wgrad_taps(const DepthwiseWgradArgs<T>& args, const DepthwiseWgradTap<T>* taps,

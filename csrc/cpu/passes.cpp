@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "depthwise.h"
+#include "depthwise_blocks.h"
 #include "formats.h"
 #include "igemm.h"
 #include "packing.h"
@@ -88,26 +89,49 @@ void run_packed(const GatherPass& pass, void* workspace, const Executor& executo
   }
 }
 
+// How a fprop or dgrad without transforms runs.
+enum class Way { planar, blocks, depthwise, gather };
+
+template <class T>
+Way way_of(const GatherPass& pass) {
+  const Plan& plan = *pass.plan;
+  if (runs_planar<T>(plan, pass.source, pass.destination)) return Way::planar;
+  if (plan.algorithm != Algorithm::depthwise) return Way::gather;
+  return runs_in_blocks<T>(plan, pass.source.view, pass.destination) ? Way::blocks : Way::depthwise;
+}
+
 template <class T>
 struct GatherBuffers {
   GatherCommon common;
-  bool planar;
+  Way way;
   T* source;
   T* bias;
   T* zeros;
   char* scratch;
 
-  GatherBuffers(const GatherPass& pass, int64_t workers, Arena& arena) : common(pass, workers, arena) {
+  GatherBuffers(const GatherPass& pass, int64_t workers, Arena& arena)
+      : common(pass, workers, arena), way(way_of<T>(pass)) {
     const TensorView& view = pass.source.view;
-    planar = runs_planar<T>(*pass.plan, pass.source, pass.destination);
-    source = planar || pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
+    source = way == Way::planar || pass.source.in_place(compute_dtype<T>()) ? nullptr : arena.take<T>(elements(view));
     bias = pass.bias == nullptr ? nullptr : arena.take<T>(pass.plan->padded_columns() * pass.plan->gemm_groups());
     zeros = arena.take<T>(view.c);
+    scratch = arena.take<char>(workers * worker_scratch(pass));
+  }
+
+ private:
+  int64_t worker_scratch(const GatherPass& pass) const {
     const Plan& plan = *pass.plan;
-    const int64_t worker_scratch = planar ? planar_scratch<T>(plan, view, pass.destination)
-                                   : plan.algorithm == Algorithm::depthwise ? depthwise_scratch<T>(plan)
-                                                                            : gather_scratch<T>(plan);
-    scratch = arena.take<char>(workers * worker_scratch);
+    switch (way) {
+      case Way::planar:
+        return planar_scratch<T>(plan, pass.source.view, pass.destination);
+      case Way::blocks:
+        return blocks_scratch<T>(plan);
+      case Way::depthwise:
+        return depthwise_scratch<T>(plan);
+      case Way::gather:
+        return gather_scratch<T>(plan);
+    }
+    return 0;
   }
 };
 
@@ -128,12 +152,18 @@ void run_gather(const GatherPass& pass, void* workspace, const Executor& executo
               buffers.bias);
   }
   std::fill_n(buffers.zeros, source.c, T{0});
-  const auto launch = buffers.planar                           ? launch_planar<T>
-                      : plan.algorithm == Algorithm::depthwise ? launch_depthwise<T>
-                                                               : launch_gather<T>;
-  launch(
-      {&plan, &layout, source, pass.destination, filter, buffers.bias, buffers.zeros, buffers.scratch, pass.epilogue},
-      executor);
+  const GatherLaunch<T> launch{&plan,        &layout,       source,          pass.destination, filter,
+                               buffers.bias, buffers.zeros, buffers.scratch, pass.epilogue};
+  switch (buffers.way) {
+    case Way::planar:
+      return launch_planar(launch, executor);
+    case Way::blocks:
+      return launch_blocks(launch, executor);
+    case Way::depthwise:
+      return launch_depthwise(launch, executor);
+    case Way::gather:
+      return launch_gather(launch, executor);
+  }
 }
 
 template <class T>

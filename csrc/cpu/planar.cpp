@@ -47,18 +47,6 @@ bool in_tiles_of_several(const Plan& plan) {
 // What is written of a group.
 int64_t results_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.columns(); }
 
-// The phases of a dgrad read the same rows: as one over all their taps, and the most rows and columns.
-Phase all_phases(const Plan& plan) {
-  Phase all = plan.phases.front();
-  for (size_t p = 1; p < plan.phases.size(); ++p) {
-    const Phase& phase = plan.phases[p];
-    all.taps.insert(all.taps.end(), phase.taps.begin(), phase.taps.end());
-    all.rows = std::max(all.rows, phase.rows);
-    all.cols = std::max(all.cols, phase.cols);
-  }
-  return all;
-}
-
 PlanarBand band_of(const Plan& plan, const Phase& all) {
   const auto phases = static_cast<int64_t>(plan.phases.size());
   return {all, depth_of(plan), phases > 1 ? phases * results_of(plan) : 0,

@@ -6,11 +6,24 @@
 #include <algorithm>
 
 #include "../common/integers.h"
+#include "plan.h"
 #include "row_table.h"
 #include "tensor_view.h"
 #include "ukernels.h"
 
 namespace segpose {
+
+// The phases of a dgrad read the same rows: as one over all their taps, and the most rows and columns.
+inline Phase all_phases(const Plan& plan) {
+  Phase all = plan.phases.front();
+  for (size_t p = 1; p < plan.phases.size(); ++p) {
+    const Phase& phase = plan.phases[p];
+    all.taps.insert(all.taps.end(), phase.taps.begin(), phase.taps.end());
+    all.rows = std::max(all.rows, phase.rows);
+    all.cols = std::max(all.cols, phase.cols);
+  }
+  return all;
+}
 
 // A band of destination rows and columns, and what it reads: source rows from `low_h` on and columns from `low_w` on.
 // The columns of a residue class of the stride lie side by side in a staged row.

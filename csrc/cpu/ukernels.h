@@ -139,6 +139,29 @@ struct DepthwiseArgs {
   T negative_slope;
 };
 
+// out[pixel][channel] = act(sum over taps of a[offsets[tap]][pixel][channel] * w[tap][channel] + bias[channel]) for a
+// cache line of channels, of which `a` holds no others.
+template <class T>
+struct DepthwiseBlockArgs {
+  const T* a;
+  const int64_t* offsets;  // [count]
+  int64_t count;
+  const T* w;
+  int64_t w_step;  // elements from one tap to the next
+  T* out;
+  int64_t out_step;  // elements from one pixel to the next
+  int64_t pixels;    // those of the tile at least
+  const T* bias;     // or null
+  Activation activation;
+  T negative_slope;
+};
+
+template <class T>
+struct DepthwiseBlockTile {
+  int pixels;
+  void (*run)(const DepthwiseBlockArgs<T>&);
+};
+
 // sums[tap][channel] += sum over pixels of g[pixel][channel] * x[tap][pixel][channel], pixels `g_step` and `x_step`
 // apart.
 template <class T>
@@ -236,6 +259,7 @@ constexpr int kMaxWgradTiles = 16;
 constexpr int kMaxRowsTiles = 10;
 constexpr int kMaxDotsTiles = 9;
 constexpr int kDepthwisePixels = 8;
+constexpr int kDepthwiseBlockTiles = 3;
 constexpr int kDepthwiseWgradTaps = 9;  // of a tile
 constexpr int kPlanarTiles = 2;
 constexpr int kPlanarChannels = 4;  // of a tile of several
@@ -260,6 +284,7 @@ struct Ukernels {
   int rows_tiles;
   RowsTile<T> rows[kMaxRowsTiles];  // wide and tall first; every width has tiles of one row
   void (*depthwise)(const DepthwiseArgs<T>&);
+  DepthwiseBlockTile<T> depthwise_blocks[kDepthwiseBlockTiles];  // of most pixels first
   void (*depthwise_wgrad)(const DepthwiseWgradArgs<T>&);
   void (*load_row)(DType dtype, const void* source, int64_t count, T* row);
   void (*store_row)(DType dtype, const T* row, int64_t count, void* destination);

@@ -80,6 +80,7 @@ constexpr Ukernels<T> table() {
            rows_entry<T, 1, 2>(), rows_entry<T, 13, 1>(), rows_entry<T, 7, 1>(), rows_entry<T, 4, 1>(),
            rows_entry<T, 2, 1>(), rows_entry<T, 1, 1>()},
           depthwise_row<T>,
+          {depthwise_block_entry<T, 8>(), depthwise_block_entry<T, 7>(), depthwise_block_entry<T, 4>()},
           depthwise_wgrad_run<T>,
           load_row<T>,
           store_row<T>,
