@@ -21,9 +21,6 @@ constexpr int64_t kBundledChannels = 16;
 // rows at once are more streams than the hardware sees. 64 channels of 256 x 256, each by itself, took 5.2 ms where
 // they lie and take 4.5, 3 x 7 taps over 128 channels 7.1 and 5.8 (Zen 3).
 constexpr int64_t kStagedValues = 6 << 10;
-// Rows of a band are a multiple of the height of the tiles of several channels, or of those of one.
-constexpr int64_t kSeveralRows = 6;
-constexpr int64_t kSingleRows = 8;
 // Rows of a task.
 constexpr int64_t kTaskRows = 12;
 // Depthwise rows of fewer vectors leave too much of them idle: beside channel rows in between, 3 x 3 taps took 1.3
@@ -47,10 +44,16 @@ bool in_tiles_of_several(const Plan& plan) {
 // What is written of a group.
 int64_t results_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.columns(); }
 
+// Rows of a band are a multiple of the height of its tiles, but for the last.
+template <class T>
+int64_t tile_rows(const Plan& plan) {
+  return ukernels<T>(plan.isa).planar[in_tiles_of_several(plan) ? 0 : 1].rows;
+}
+
+template <class T>
 PlanarBand band_of(const Plan& plan, const Phase& all) {
   const auto phases = static_cast<int64_t>(plan.phases.size());
-  return {all, depth_of(plan), phases > 1 ? phases * results_of(plan) : 0,
-          in_tiles_of_several(plan) ? kSeveralRows : kSingleRows, kStagedValues};
+  return {all, depth_of(plan), phases > 1 ? phases * results_of(plan) : 0, tile_rows<T>(plan), kStagedValues};
 }
 
 // Groups that are staged and written together: of channel rows a cache line holds several.
@@ -70,7 +73,7 @@ struct Scratch {
   Scratch(const Plan& plan, const TensorView& source, const TensorView& destination, Arena& arena) {
     const int64_t bundle = bundle_of<T>(plan, source, destination);
     const Phase all = all_phases(plan);
-    const PlanarBand band = band_of(plan, all);
+    const PlanarBand band = band_of<T>(plan, all);
     offsets = arena.take<int64_t>(static_cast<int64_t>(all.taps.size()) * band.depth);
     staged = arena.take<T>(bundle * band.size());
     const auto phases = static_cast<int64_t>(plan.phases.size());
@@ -89,7 +92,7 @@ class BundlePlanes {
         kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
         all_(all_phases(plan_)),
-        band_(band_of(plan_, all_)),
+        band_(band_of<T>(plan_, all_)),
         group_(group),
         groups_(groups),
         columns_(results_of(plan_)),
@@ -105,25 +108,31 @@ class BundlePlanes {
     }
   }
 
-  // Rows [begin, end) of every phase. Bands at a ragged end begin early, and some results are computed twice.
+  // Rows [begin, end) of every phase. What is left of them begins early rather than be less than a tile: some results
+  // are computed twice.
   void run(int64_t begin, int64_t end) {
-    const int64_t rows = std::min(band_.rows, end - begin);
-    for (int64_t row = begin; row < end; row += rows) {
+    const int64_t tile = std::min(tile_rows<T>(plan_), end - begin);
+    const int64_t vector = kernels_.vector_length;
+    const int64_t bands = ceil_div(end - begin, band_.rows);
+    const int64_t most = round_up(ceil_div(end - begin, bands), tile);
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t rows = std::clamp(end - row, tile, most);
       for (int64_t col = 0; col < all_.cols; col += band_.cols) {
-        run_band(std::min(row, end - rows), rows, std::min(col, all_.cols - band_.cols));
+        const int64_t cols = std::clamp(all_.cols - col, vector, band_.cols);
+        run_band(std::min(row, end - rows), rows, std::min(col, all_.cols - cols), cols);
       }
     }
   }
 
  private:
-  void run_band(int64_t row, int64_t rows, int64_t col) {
+  void run_band(int64_t row, int64_t rows, int64_t col, int64_t cols) {
     stage_planes(kernels_, all_, band_, launch_.source, source_, groups_ * band_.depth, row, rows, col,
                  scratch_.staged);
     const TensorView& destination = launch_.destination;
     PlanarArgs<T> args{};
     args.a_step = all_.istep_h * band_.row_size;
     args.offsets = scratch_.offsets;
-    args.columns = band_.cols;
+    args.columns = cols;
     args.activation = launch_.epilogue.activation;
     args.negative_slope = static_cast<T>(launch_.epilogue.negative_slope);
     if (scratch_.results == nullptr) {
@@ -141,9 +150,9 @@ class BundlePlanes {
       args.out += groups_ * columns_ * args.out_channel;
     }
     if (is_planar(destination, compute_dtype<T>())) {
-      write_planes(row, rows, col);
+      write_planes(row, rows, col, cols);
     } else {
-      write_channel_rows(row, rows, col);
+      write_channel_rows(row, rows, col, cols);
     }
   }
 
@@ -165,20 +174,20 @@ class BundlePlanes {
     const T* values;
     int64_t rows, cols;
   };
-  Results results(size_t phase, int64_t row, int64_t rows, int64_t col) const {
+  Results results(size_t phase, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     const Phase& own = plan_.phases[phase];
     return {scratch_.results + static_cast<int64_t>(phase) * groups_ * columns_ * rows * band_.cols,
-            std::min(rows, own.rows - row), std::min(band_.cols, own.cols - col)};
+            std::min(rows, own.rows - row), std::min(cols, own.cols - col)};
   }
   T* first_pixel(const Phase& phase, int64_t row, int64_t col) const {
     return destination_ + (phase.oh + row * phase.ostep_h) * launch_.destination.stride_h +
            (phase.ow + col * phase.ostep_w) * launch_.destination.stride_w;
   }
 
-  void write_channel_rows(int64_t row, int64_t rows, int64_t col) const {
+  void write_channel_rows(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     for (size_t p = 0; p < plan_.phases.size(); ++p) {
       const Phase& phase = plan_.phases[p];
-      const Results from = results(p, row, rows, col);
+      const Results from = results(p, row, rows, col, cols);
       for (int64_t r = 0; r < from.rows; ++r) {
         kernels_.transpose(from.values + r * band_.cols, rows * band_.cols, groups_ * columns_, from.cols,
                            first_pixel(phase, row + r, col), phase.ostep_w * launch_.destination.stride_w);
@@ -187,7 +196,7 @@ class BundlePlanes {
   }
 
   // Two phases of a stride of two fill whole rows together.
-  void write_planes(int64_t row, int64_t rows, int64_t col) const {
+  void write_planes(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     const auto partner_of = [&](const Phase& phase, int64_t ow) {
       size_t other = 0;
       while (other < plan_.phases.size() &&
@@ -201,8 +210,8 @@ class BundlePlanes {
       const size_t partner = partner_of(phase, 1 - phase.ow);
       const bool paired = partner < plan_.phases.size();
       if (paired && phase.ow == 1) continue;
-      const Results from = results(p, row, rows, col);
-      const Results beside = paired ? results(partner, row, rows, col) : Results{from.values, 0, 0};
+      const Results from = results(p, row, rows, col, cols);
+      const Results beside = paired ? results(partner, row, rows, col, cols) : Results{from.values, 0, 0};
       for (int64_t c = 0; c < groups_ * columns_; ++c) {
         for (int64_t r = 0; r < from.rows; ++r) {
           T* const out = first_pixel(phase, row + r, col) + c * launch_.destination.stride_c;
@@ -241,9 +250,7 @@ class BundlePlanes {
     // caches and 2.9 through them (Zen 3).
     const bool streams = count == 1 && streams_ && scratch_.results == nullptr && is_at_line(channels.out) &&
                          are_lines<T>(channels.columns);
-    const PlanarTile<T>& tile = streams                                ? kernels_.planar_lines
-                                : count >= kernels_.planar[0].channels ? kernels_.planar[0]
-                                                                       : kernels_.planar[1];
+    const PlanarTile<T>& tile = streams ? kernels_.planar_lines : tile_for(count, rows);
     PlanarArgs<T> args = channels;
     for (int64_t k = 0; k < count; k += tile.channels) {
       const int64_t from = std::min(k, count - tile.channels);
@@ -256,6 +263,13 @@ class BundlePlanes {
         tile.run(args);
       }
     }
+  }
+
+  // Of those for one channel the one that computes the fewest rows twice.
+  const PlanarTile<T>& tile_for(int64_t channels, int64_t rows) const {
+    const PlanarTile<T>* const tiles = kernels_.planar;
+    if (channels >= tiles[0].channels) return tiles[0];
+    return round_up(rows, tiles[2].rows) < round_up(rows, tiles[1].rows) ? tiles[2] : tiles[1];
   }
 
   const GatherLaunch<T>& launch_;
@@ -295,7 +309,7 @@ bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView&
   const auto is_large = [&](const Phase& phase) { return phase.cols >= least && phase.rows >= tall; };
   if (!std::all_of(plan.phases.begin(), plan.phases.end(), is_large)) return false;
   const Phase all = all_phases(plan);
-  return band_of(plan, all).reads_mostly(all, source.view);
+  return band_of<T>(plan, all).reads_mostly(all, source.view);
 }
 
 template <class T>

@@ -88,7 +88,7 @@ constexpr Ukernels<T> table() {
           transpose<T>,
           point_rows<T>,
           dots_tiles<T>(),
-          {planar_entry<T, kPlanarChannels, 3>(), planar_entry<T, 1, 8>()},
+          {planar_entry<T, kPlanarChannels, 3>(), planar_entry<T, 1, 8>(), planar_entry<T, 1, 7>()},
           lines_entry<T, 1, 4>(),
           {planar_wgrad_entry<T, 4, 3>(), planar_wgrad_entry<T, 2, 6>(), planar_wgrad_entry<T, 1, 9>()}};
 }
