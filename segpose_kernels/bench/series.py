@@ -58,6 +58,10 @@ def _layer(
     )
 
 
+# Groups whose training steps are measured too unless something else is asked for.
+_TRAINED = ("transposed", "grouped")
+
+
 def layers(group: str, specs: Sequence[ConvSpec]) -> Iterator[Case]:
     """Each layer in each dtype, in inference and as a training step."""
     for dtype in _DTYPES:
@@ -66,7 +70,7 @@ def layers(group: str, specs: Sequence[ConvSpec]) -> Iterator[Case]:
             yield _layer(spec, group, "inference", dtype, "quick" if quick else "full")
     for dtype in _DTYPES:
         for spec in specs:
-            full = group == "transposed" and dtype == _FLOAT32
+            full = group in _TRAINED and dtype == _FLOAT32
             yield _layer(spec, group, "training", dtype, "full" if full else "extra")
 
 
