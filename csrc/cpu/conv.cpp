@@ -239,6 +239,7 @@ struct MaskedPasses {
 
 GradientUse gradient_use(const LayerBackward& layer, const BlockPlans& plans, const Tensor& weight, bool channels_last,
                          Precision precision) {
+  if (layer.input.h * layer.input.w == 0 || layer.problem.flops() == 0) return GradientUse::in_place;
   const bool has_planes = layer.grad.has_planes(compute_dtype_of(layer.grad.view.dtype));
   const MaskedPasses passes(layer, has_planes, weight, channels_last, precision);
   // The other pass might copy them into channel rows, in place of the gradient and the output.

@@ -265,8 +265,9 @@ void plan_wgrad(Plan& plan, const Widths& widths, int64_t element) {
   if (depthwise) {
     plan.k_block = 1;
     plan.k_chunk = plan.block_m;
-    plan.splits = std::clamp<int64_t>(pixels * problem.groups / kDepthwiseSplitValues, 1,
-                                      std::clamp<int64_t>(problem.n * problem.p, 1, kWgradTasks));
+    const int64_t fitting = kWgradPartialBytes / (problem.taps() * problem.groups * element);
+    const int64_t most = std::clamp<int64_t>(std::min(problem.n * problem.p, fitting), 1, kWgradTasks);
+    plan.splits = std::clamp<int64_t>(pixels * problem.groups / kDepthwiseSplitValues, 1, most);
     return;
   }
   plan.k_block = std::min(problem.k_per_group(), gathered ? problem.k_per_group() : kWgradFilters);
