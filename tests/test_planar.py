@@ -114,8 +114,8 @@ def test_depthwise_blocks(groups: int) -> None:
     the last begins early, tiles of every width, strides, and the phases of a transposed one.
     """
     for size, options in (
-        ((6, 700), {"kernel": (3, 3), "padding": 1}),
-        ((11, 519), {"kernel": (7, 7), "padding": 3}),
+        ((6, 645), {"kernel": (3, 3), "padding": 1}),
+        ((13, 519), {"kernel": (7, 7), "padding": 3}),
         ((60, 58), {"kernel": (5, 5), "padding": 2}),
         ((5, 4), {"kernel": (3, 3), "padding": 1}),
         ((9, 7), {"kernel": (2, 3), "padding": (0, 1)}),
