@@ -88,7 +88,7 @@ def test_channels_of_a_group(channels: tuple[int, int], algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("channels", [(1, 3), (4, 6)], ids=str)
+@pytest.mark.parametrize("channels", [(1, 3), (4, 6), (8, 5)], ids=str)
 def test_geometry(dtype: torch.dtype, channels: tuple[int, int]) -> None:
     """Residue classes of strides, some without a tap; images smaller than a vector, a tile or the
     filter; dilation; rows in several bands and columns in several blocks.
