@@ -114,27 +114,17 @@ class ChannelBlock {
 
   void stage(int64_t row, int64_t rows, int64_t col) const {
     const TensorView& source = launch_.source;
-    const int64_t staged_rows = band_.staged_h - (band_.rows - rows) * all_.istep_h;
-    const int64_t step = all_.istep_w;
-    for (int64_t residue = 0; residue < step; ++residue) {
-      const int64_t w = col * step + band_.low_w + residue;
-      const int64_t begin = first_inside(w, step, 0, band_.segment);
-      const int64_t end = first_inside(w, step, source.w, band_.segment);
-      for (int64_t i = 0; i < staged_rows; ++i) {
-        T* const out = scratch_.staged + (i * band_.row_size + residue * band_.segment) * kBlock<T>;
-        const int64_t h = row * all_.istep_h + band_.low_h + i;
-        if (h < 0 || h >= source.h || begin >= end) {
-          std::fill_n(out, band_.segment * kBlock<T>, T{0});
-          continue;
-        }
-        std::fill_n(out, begin * kBlock<T>, T{0});
-        std::fill_n(out + end * kBlock<T>, (band_.segment - end) * kBlock<T>, T{0});
-        const T* line = source.template as<const T>() + source.offset(n_, h, w + begin * step) + channel_;
-        for (int64_t j = begin; j < end; ++j, line += step * source.stride_w) {
-          std::copy_n(line, kBlock<T>, out + j * kBlock<T>);
-        }
+    const T* const image = source.template as<const T>() + n_ * source.stride_n + channel_;
+    const int64_t pixel_step = all_.istep_w * source.stride_w;
+    for_each_staged_line(all_, band_, source, row, rows, col, [&](const StagedLine& line) {
+      T* const out = scratch_.staged + line.at * kBlock<T>;
+      std::fill_n(out, line.begin * kBlock<T>, T{0});
+      std::fill_n(out + line.end * kBlock<T>, (band_.segment - line.end) * kBlock<T>, T{0});
+      const T* pixel = image + line.from;
+      for (int64_t i = line.begin; i < line.end; ++i, pixel += pixel_step) {
+        std::copy_n(pixel, kBlock<T>, out + i * kBlock<T>);
       }
-    }
+    });
   }
 
   const GatherLaunch<T>& launch_;

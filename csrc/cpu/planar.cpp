@@ -70,9 +70,8 @@ struct Scratch {
   T* staged;         // [group of a bundle][plane][row][residue][column]
   T* results;  // [phase][channel of a bundle][row][column] on their way to channel rows or to other phases, or null
 
-  Scratch(const Plan& plan, const TensorView& source, const TensorView& destination, Arena& arena) {
+  Scratch(const Plan& plan, const Phase& all, const TensorView& source, const TensorView& destination, Arena& arena) {
     const int64_t bundle = bundle_of<T>(plan, source, destination);
-    const Phase all = all_phases(plan);
     const PlanarBand band = band_of<T>(plan, all);
     offsets = arena.take<int64_t>(static_cast<int64_t>(all.taps.size()) * band.depth);
     staged = arena.take<T>(bundle * band.size());
@@ -86,12 +85,13 @@ struct Scratch {
 template <class T>
 class BundlePlanes {
  public:
-  BundlePlanes(const GatherLaunch<T>& launch, const Scratch<T>& scratch, int64_t n, int64_t group, int64_t groups)
+  BundlePlanes(const GatherLaunch<T>& launch, const Phase& all, const Scratch<T>& scratch, int64_t n, int64_t group,
+               int64_t groups)
       : launch_(launch),
         plan_(*launch.plan),
         kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
-        all_(all_phases(plan_)),
+        all_(all),
         band_(band_of<T>(plan_, all_)),
         group_(group),
         groups_(groups),
@@ -276,7 +276,7 @@ class BundlePlanes {
   const Plan& plan_;
   const Ukernels<T>& kernels_;
   const Scratch<T>& scratch_;
-  Phase all_;
+  const Phase& all_;
   PlanarBand band_;
   int64_t group_, groups_;
   int64_t columns_;  // channels of a group's results
@@ -315,7 +315,7 @@ bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView&
 template <class T>
 int64_t planar_scratch(const Plan& plan, const TensorView& source, const TensorView& destination) {
   Arena arena(nullptr);
-  const Scratch<T> scratch(plan, source, destination, arena);
+  const Scratch<T> scratch(plan, all_phases(plan), source, destination, arena);
   return arena.used();
 }
 
@@ -326,16 +326,17 @@ void launch_planar(const GatherLaunch<T>& launch, const Executor& executor) {
   const int64_t groups = groups_of(plan);
   const int64_t bundle = bundle_of<T>(plan, launch.source, launch.destination);
   const int64_t bundles = ceil_div(groups, bundle);
-  const int64_t rows = all_phases(plan).rows;
+  const Phase all = all_phases(plan);
+  const int64_t rows = all.rows;
   const int64_t values = launch.destination.h * launch.destination.w * launch.destination.c / bundles;
   const int64_t parts = std::clamp<int64_t>(rows / kTaskRows, 1, ceil_div(values, kTaskValues));
   for_each_task(executor, plan.problem.n * bundles * parts, [&](int64_t task, int64_t worker) {
     Arena arena(launch.scratch + worker * scratch_bytes);
-    const Scratch<T> scratch(plan, launch.source, launch.destination, arena);
+    const Scratch<T> scratch(plan, all, launch.source, launch.destination, arena);
     const int64_t part = task % parts;
     const int64_t image = task / parts / bundles;
     const int64_t group = task / parts % bundles * bundle;
-    BundlePlanes<T>(launch, scratch, image, group, std::min(bundle, groups - group))
+    BundlePlanes<T>(launch, all, scratch, image, group, std::min(bundle, groups - group))
         .run(rows * part / parts, rows * (part + 1) / parts);
     finish_streaming();
   });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// fprop and dgrad of a few channels a group between tensors in torch's default memory format: a channel is a plane on
-// both sides, read and written where it lies, with vectors along its rows. Depthwise convolutions, and first layers.
+// fprop and dgrad of a few channels a group: a channel is a plane, with vectors along its rows. From and to both memory
+// formats, depthwise and first layers in torch's default one only.
 #pragma once
 
 #include "igemm.h"
@@ -8,8 +8,7 @@
 
 namespace segpose {
 
-// Whether the pass runs this way: planes of the compute type, destination pixels side by side, and rows of some
-// vectors.
+// Whether the pass runs this way: planes or channel rows of the compute type, and rows of some vectors.
 template <class T>
 bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView& destination);
 
@@ -17,7 +16,7 @@ bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView&
 template <class T>
 int64_t planar_scratch(const Plan& plan, const TensorView& source, const TensorView& destination);
 
-// The source of `launch` lies in planes, not in channel rows.
+// The two sides of `launch` have any of the two formats.
 template <class T>
 void launch_planar(const GatherLaunch<T>& launch, const Executor& executor);
 

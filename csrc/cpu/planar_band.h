@@ -100,11 +100,17 @@ void copy_plane_lines(const Ukernels<T>& kernels, const TensorView& source, cons
   }
 }
 
-// What `rows` destination rows from (row, col) on read of some planes, of which `first` is the first value.
-template <class T>
-void stage_planes(const Ukernels<T>& kernels, const Phase& phase, const PlanarBand& band, const TensorView& source,
-                  const T* first, int64_t planes, int64_t row, int64_t rows, int64_t col, T* staged) {
-  const int64_t plane_size = band.plane_size();
+// A line of a band: the pixels of a residue class in a source row, of which [begin, end) lie inside of the source.
+struct StagedLine {
+  int64_t at;  // staged values from the first of a plane
+  int64_t begin, end;
+  int64_t from;  // source elements from those of an image to its first pixel inside
+};
+
+// Calls fn(line) for what `rows` destination rows from (row, col) on read.
+template <class Fn>
+void for_each_staged_line(const Phase& phase, const PlanarBand& band, const TensorView& source, int64_t row,
+                          int64_t rows, int64_t col, const Fn& fn) {
   const int64_t staged_rows = band.staged_h - (band.rows - rows) * phase.istep_h;
   const int64_t step = phase.istep_w;
   for (int64_t residue = 0; residue < step; ++residue) {
@@ -112,18 +118,32 @@ void stage_planes(const Ukernels<T>& kernels, const Phase& phase, const PlanarBa
     const int64_t begin = first_inside(w, step, 0, band.segment);
     const int64_t end = first_inside(w, step, source.w, band.segment);
     for (int64_t i = 0; i < staged_rows; ++i) {
-      T* const out = staged + i * band.row_size + residue * band.segment;
+      const int64_t at = i * band.row_size + residue * band.segment;
       const int64_t h = row * phase.istep_h + band.low_h + i;
-      const bool inside = h >= 0 && h < source.h && begin < end;
-      for (int64_t c = 0; c < planes; ++c) {
-        std::fill_n(out + c * plane_size, inside ? begin : band.segment, T{0});
-        if (inside) std::fill_n(out + c * plane_size + end, band.segment - end, T{0});
+      if (h < 0 || h >= source.h || begin >= end) {
+        fn(StagedLine{at, band.segment, band.segment, 0});
+      } else {
+        fn(StagedLine{at, begin, end, h * source.stride_h + (w + begin * step) * source.stride_w});
       }
-      if (!inside) continue;
-      const T* const line = first + h * source.stride_h + (w + begin * step) * source.stride_w;
-      copy_plane_lines(kernels, source, line, step * source.stride_w, end - begin, planes, out + begin, plane_size);
     }
   }
+}
+
+// What `rows` destination rows from (row, col) on read of some planes, of which `first` is the first value.
+template <class T>
+void stage_planes(const Ukernels<T>& kernels, const Phase& phase, const PlanarBand& band, const TensorView& source,
+                  const T* first, int64_t planes, int64_t row, int64_t rows, int64_t col, T* staged) {
+  const int64_t plane_size = band.plane_size();
+  for_each_staged_line(phase, band, source, row, rows, col, [&](const StagedLine& line) {
+    T* const out = staged + line.at;
+    for (int64_t c = 0; c < planes; ++c) {
+      std::fill_n(out + c * plane_size, line.begin, T{0});
+      std::fill_n(out + c * plane_size + line.end, band.segment - line.end, T{0});
+    }
+    if (line.begin == line.end) return;
+    copy_plane_lines(kernels, source, first + line.from, phase.istep_w * source.stride_w, line.end - line.begin, planes,
+                     out + line.begin, plane_size);
+  });
 }
 
 }  // namespace segpose
