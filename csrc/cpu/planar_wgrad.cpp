@@ -25,7 +25,7 @@ constexpr int64_t kBundledChannels = 16;
 // 1.0 to 1.5 times as long, 32 1.0 to 1.3 and 128 1.0 to 1.15.
 constexpr int64_t kBandValues = 16 << 10;
 constexpr int64_t kBandRows = 4;
-// Depthwise rows of fewer vectors go through channel rows.
+// Depthwise rows of fewer vectors go through channel rows: 960 channels of 7 x 7 took 0.65 ms in planes, 0.43 in rows.
 constexpr int64_t kFewestVectors = 2;
 // Fewer tasks would leave threads idle.
 constexpr int64_t kLeastTasks = 16;
