@@ -72,6 +72,7 @@ PLAN_SOURCES = [
     "csrc/cpu/cpu_features.cpp",
     "csrc/cpu/panels.cpp",
     "csrc/cpu/plan.cpp",
+    "csrc/cpu/planar_plan.cpp",
     "csrc/cpu/planes.cpp",
     "csrc/cpu/rows_plan.cpp",
     "csrc/cpu/split_plan.cpp",

@@ -238,3 +238,25 @@ def test_features_agree_with_the_instruction_sets() -> None:
     assert all(isinstance(present, bool) for present in features.values())
     assert ("avx2" in isas) <= (features.get("avx2", False) and features.get("fma", False))
     assert ("avx512" in isas) <= features.get("avx512f", False)
+
+
+def test_planes_are_planned_where_groups_are_small() -> None:
+    """They show in the plan, and are expected to take less than the direct pass they replace."""
+    small = {"n": 2, "h": 56, "w": 56, "c": 128, "k": 128, "r": 3, "s": 3, "padding": (1, 1)}
+    for groups, planned in ((128, True), (32, True), (16, True), (8, False), (1, False)):
+        for op in OPS:
+            plan = _plan.plan(_plan.ConvProblem(**small, groups=groups), op, isa="generic")
+            assert ("planes" in str(plan)) == planned, (groups, op)
+    halves = _plan.plan(_plan.ConvProblem(**small, groups=32), "fprop", "bfloat16", isa="generic")
+    floats = _plan.plan(_plan.ConvProblem(**small, groups=32), "fprop", isa="generic")
+    assert "planes" not in str(halves)
+    assert floats.cycles < halves.cycles
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_no_planes_of_few_pixels(size: int) -> None:
+    """Vectors along the rows would be empty for the most part."""
+    problem = _plan.ConvProblem(n=2, h=size, w=size, c=8, k=8, r=3, s=3, padding=(1, 1), groups=4)
+    for isa in _plan.isas():
+        for op in ("fprop", "dgrad"):
+            assert "planes" not in str(_plan.plan(problem, op, isa=isa))

@@ -6,6 +6,7 @@
 
 #include "../common/integers.h"
 #include "line_tiles.h"
+#include "planar_plan.h"
 
 namespace segpose {
 namespace {
@@ -64,6 +65,9 @@ constexpr double kNarrowRows = 1.4;
 // Of adding up the lanes of a tile.
 constexpr double kDotsTile = 40;
 constexpr double kStageCycles = 0.25;
+// Of a value's way into planes or out of them.
+constexpr double kPlaneCycles = 0.7;
+constexpr double kStridedPlanes = 3;
 // Of a result that is not a float32.
 constexpr double kConvertCycles = 1;
 // Of packing 16 values of a filter into tiles.
@@ -101,6 +105,13 @@ double read_taps(const Plan& plan) {
 double multiply_add_cycles(Isa isa) {
   const double lanes = isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
   return 1.15 / (2 * lanes);
+}
+
+// Of both sides' way through planes.
+double plane_cycles(const ConvProblem& problem) {
+  const double x = static_cast<double>(problem.n * problem.c * problem.h * problem.w);
+  const double y = static_cast<double>(problem.n * problem.k * problem.p * problem.q);
+  return (x * (problem.stride_w > 1 ? kStridedPlanes : 1) + y) * kPlaneCycles;
 }
 
 // Cycles of a step of a line of tiles.
@@ -170,7 +181,28 @@ bool gathers(const Plan& plan) {
 }
 
 double depthwise_cycles(const Plan& plan) {
-  return read_taps(plan) * static_cast<double>(plan.problem.groups) * multiply_add_cycles(plan.isa);
+  return read_taps(plan) * static_cast<double>(plan.problem.groups) * multiply_add_cycles(plan.isa) +
+         plane_cycles(plan.problem);
+}
+
+double planar_cycles(const Plan& plan) {
+  const ConvProblem& problem = plan.problem;
+  const int64_t lanes =
+      plan.dtype == DType::float64 ? ukernels<double>(plan.isa).vector_length : ukernels<float>(plan.isa).vector_length;
+  // Of a plane's share of a tap: whole vectors, the last of which begins early. The phase of a wgrad is that of fprop.
+  double products = 0;
+  for (const Phase& phase : plan.phases) {
+    products += static_cast<double>(problem.n * phase.rows * round_up(phase.cols, lanes) *
+                                    static_cast<int64_t>(phase.taps.size()));
+  }
+  if (plan.pass == Pass::wgrad) {
+    products *= static_cast<double>(problem.k * problem.c_per_group());
+  } else {
+    const int64_t results = planar_results(plan);
+    const int64_t computed = results < kPlanarChannels ? results : round_up(results, int64_t{kPlanarChannels});
+    products *= static_cast<double>(planar_groups(plan) * planar_depth(plan) * computed);
+  }
+  return products * multiply_add_cycles(plan.isa) + plane_cycles(problem);
 }
 
 double direct_cycles(const Plan& plan, const Widths& widths) {

@@ -13,6 +13,7 @@ bool gathers(const Plan& plan);
 
 // Of all passes.
 double depthwise_cycles(const Plan& plan);
+double planar_cycles(const Plan& plan);
 
 // Of fprop and dgrad; the plan has its problem, phases and a direct algorithm.
 double direct_cycles(const Plan& plan, const Widths& widths);

@@ -151,7 +151,7 @@ bool runs_in_blocks(const Plan& plan, const TensorView& source, const TensorView
   const auto fits = [&](const Phase& phase) { return phase.cols >= fewest; };
   if (!std::all_of(plan.phases.begin(), plan.phases.end(), fits)) return false;
   const Phase all = all_phases(plan);
-  return band_of<T>(all).reads_mostly(all, source);
+  return band_of<T>(all).reads_mostly(all, source.h, source.w);
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #include "../common/integers.h"
 #include "costs.h"
 #include "panels.h"
+#include "planar_plan.h"
 #include "ukernels.h"
 
 namespace segpose {
@@ -91,6 +92,12 @@ struct Choice {
   }
 };
 
+// Planes take the place of whichever direct algorithm there is, but must not make another one look better.
+void consider_planes(Plan& plan) {
+  plan.may_be_planar = may_run_planar(plan);
+  if (plan.may_be_planar) plan.cycles = std::min(plan.cycles, planar_cycles(plan));
+}
+
 // Transforms compute in float32 and round more than one bfloat16 term may.
 bool may_transform(const Plan& plan, Precision precision) {
   return precision != Precision::exact && plan.dtype != DType::float64 && usable_terms(plan, precision) != 1;
@@ -106,6 +113,7 @@ void choose_wgrad(Plan& plan, const Widths& widths, Precision precision, Choice&
   if (!rows.along_images && choice.takes(Algorithm::rows, rows_wgrad_cycles(plan, rows, merged, widths))) {
     plan.rows = rows;
   }
+  consider_planes(plan);
   const int64_t terms = usable_terms(plan, precision);
   if (terms > 0) {
     const SplitWgradPlan split = plan_split_wgrad(plan.problem, plan.phases.front(), terms);
@@ -132,6 +140,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   if (is_depthwise(plan.problem) && plan.problem.groups > 1) {
     plan.algorithm = Algorithm::depthwise;
     plan.cycles = depthwise_cycles(plan);
+    plan.may_be_planar = may_run_planar(plan);
     return;
   }
   if (plan.pass == Pass::wgrad) return choose_wgrad(plan, widths, precision, choice);
@@ -141,6 +150,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
   const int64_t depth = plan.depth();
   plan.algorithm = gathers(plan) ? Algorithm::gathered : Algorithm::igemm;
   plan.cycles = direct;
+  plan.panels = split_columns(columns, widths);
   choice.forced = options.algorithm == plan.algorithm;
   if (plan.problem.n > 0 && (plan.most_taps() * depth <= kRowsSteps || options.algorithm == Algorithm::rows)) {
     const bool wide = plan.dtype == DType::float64;
@@ -163,6 +173,7 @@ void choose_algorithm(Plan& plan, const Widths& widths, const PlanOptions& optio
       plan.panels = panels;
     }
   }
+  consider_planes(plan);
   const int64_t terms = usable_terms(plan, precision);
   // Predicted for one thread, so that the choice does not depend on their number.
   const int64_t source_w = plan.pass == Pass::fprop ? plan.problem.w : plan.problem.q;
@@ -420,6 +431,10 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
       plan_gather_passes(plan, widths, element);
     }
   }
+  if (plan.packs_source()) {
+    plan.may_be_planar = false;
+    plan.panels.clear();
+  }
   plan.flops = problem.flops();
   plan.bytes = tensor_bytes(problem, dtype);
   return plan;
@@ -447,6 +462,7 @@ std::string Plan::str() const {
     out << " terms=" << split.terms << " tiles=" << names[static_cast<int>(split.row_tiles)]
         << " images=" << split.images << " rows=" << split.rows << " columns/" << split.column_splits;
   }
+  if (may_be_planar) out << " planes";
   out << " block_m=" << block_m << " k_chunk=" << k_chunk;
   if (pass == Pass::wgrad) {
     out << " k_block=" << k_block << " splits=" << splits << (packs_pixels ? " packed" : "");

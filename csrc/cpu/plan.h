@@ -60,7 +60,8 @@ struct Plan {
   RowsPlan rows;
   SplitPlan split;
   SplitWgradPlan split_wgrad;
-  double cycles;  // predicted, of one core
+  bool may_be_planar = false;  // runs in planes where the formats of its tensors allow it (planar_plan.h)
+  double cycles;               // predicted, of one core
   double flops;
   double bytes;  // each operand and result once
 

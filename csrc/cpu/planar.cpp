@@ -4,64 +4,25 @@
 #include <algorithm>
 
 #include "../common/integers.h"
-#include "planar_band.h"
+#include "planar_plan.h"
 #include "streaming.h"
 
 namespace segpose {
 namespace {
 
-// Channels of a group that are read at most, and of the only group. 128 channels in 32 groups of 56 x 56 took 7.9 ms
-// through channel rows and take 1.4, 256 of 28 x 28 3.3 and 1.7, SegNet's first layer 109 and 87 us; from 3 channels to
-// 64 in one group 2.5 and 2.6 ms (3 x 3 taps), 6.4 and 10.4 (7 x 7 at stride 2; Zen 3, two threads).
-constexpr int64_t kMostChannels = 8;
-constexpr int64_t kMostAlone = 1;
 // Of channel rows: a cache line of floats. Two and four lines were no faster.
 constexpr int64_t kBundledChannels = 16;
-// Staged values of a band of rows: 24 KB of floats, which stay in L1. Bands are copied without a padding too: eight
-// rows at once are more streams than the hardware sees. 64 channels of 256 x 256, each by itself, took 5.2 ms where
-// they lie and take 4.5, 3 x 7 taps over 128 channels 7.1 and 5.8 (Zen 3).
-constexpr int64_t kStagedValues = 6 << 10;
 // Rows of a task.
 constexpr int64_t kTaskRows = 12;
-// Depthwise rows of fewer vectors leave too much of them idle: beside channel rows in between, 3 x 3 taps took 1.3
-// times as long with rows of 14 floats and 0.64 with 16, 0.6 with 56 and 0.5 with 256.
-constexpr int64_t kFewestVectors = 2;
 // Results of a task.
 constexpr int64_t kTaskValues = 64 << 10;
-
-int64_t depth_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.depth(); }
-
-int64_t groups_of(const Plan& plan) {
-  return plan.algorithm == Algorithm::depthwise ? plan.columns() : plan.gemm_groups();
-}
-
-// Whether every panel has the channels for it.
-bool in_tiles_of_several(const Plan& plan) {
-  const auto several = [](const Panel& panel) { return panel.columns >= kPlanarChannels; };
-  return plan.algorithm != Algorithm::depthwise && std::all_of(plan.panels.begin(), plan.panels.end(), several);
-}
-
-// What is written of a group.
-int64_t results_of(const Plan& plan) { return plan.algorithm == Algorithm::depthwise ? 1 : plan.columns(); }
-
-// Rows of a band are a multiple of the height of its tiles, but for the last.
-template <class T>
-int64_t tile_rows(const Plan& plan) {
-  return ukernels<T>(plan.isa).planar[in_tiles_of_several(plan) ? 0 : 1].rows;
-}
-
-template <class T>
-PlanarBand band_of(const Plan& plan, const Phase& all) {
-  const auto phases = static_cast<int64_t>(plan.phases.size());
-  return {all, depth_of(plan), phases > 1 ? phases * results_of(plan) : 0, tile_rows<T>(plan), kStagedValues};
-}
 
 // Groups that are staged and written together: of channel rows a cache line holds several.
 template <class T>
 int64_t bundle_of(const Plan& plan, const TensorView& source, const TensorView& destination) {
   if (is_planar(source, compute_dtype<T>()) && is_planar(destination, compute_dtype<T>())) return 1;
-  const int64_t fewest = std::min(depth_of(plan), plan.columns());
-  return std::min(ceil_div(kBundledChannels, fewest), groups_of(plan));
+  const int64_t fewest = std::min(planar_depth(plan), plan.columns());
+  return std::min(ceil_div(kBundledChannels, fewest), planar_groups(plan));
 }
 
 template <class T>
@@ -72,12 +33,12 @@ struct Scratch {
 
   Scratch(const Plan& plan, const Phase& all, const TensorView& source, const TensorView& destination, Arena& arena) {
     const int64_t bundle = bundle_of<T>(plan, source, destination);
-    const PlanarBand band = band_of<T>(plan, all);
+    const PlanarBand band = planar_band(plan, all);
     offsets = arena.take<int64_t>(static_cast<int64_t>(all.taps.size()) * band.depth);
     staged = arena.take<T>(bundle * band.size());
     const auto phases = static_cast<int64_t>(plan.phases.size());
     const bool direct = phases == 1 && is_planar(destination, compute_dtype<T>());
-    results = direct ? nullptr : arena.take<T>(phases * bundle * results_of(plan) * band.rows * band.cols);
+    results = direct ? nullptr : arena.take<T>(phases * bundle * planar_results(plan) * band.rows * band.cols);
   }
 };
 
@@ -92,10 +53,10 @@ class BundlePlanes {
         kernels_(ukernels<T>(plan_.isa)),
         scratch_(scratch),
         all_(all),
-        band_(band_of<T>(plan_, all_)),
+        band_(planar_band(plan_, all_)),
         group_(group),
         groups_(groups),
-        columns_(results_of(plan_)),
+        columns_(planar_results(plan_)),
         streams_(overflows_caches(launch.destination, sizeof(T)) && are_lines<T>(launch.destination.stride_h) &&
                  are_lines<T>(launch.destination.stride_c)) {
     source_ = launch.source.template as<const T>() + n * launch.source.stride_n +
@@ -111,7 +72,7 @@ class BundlePlanes {
   // Rows [begin, end) of every phase. What is left of them begins early rather than be less than a tile: some results
   // are computed twice.
   void run(int64_t begin, int64_t end) {
-    const int64_t tile = std::min(tile_rows<T>(plan_), end - begin);
+    const int64_t tile = std::min(planar_tile_rows(plan_), end - begin);
     const int64_t vector = kernels_.vector_length;
     const int64_t bands = ceil_div(end - begin, band_.rows);
     const int64_t most = round_up(ceil_div(end - begin, bands), tile);
@@ -289,27 +250,14 @@ class BundlePlanes {
 
 template <class T>
 bool runs_planar(const Plan& plan, const MaskedSource& source, const TensorView& destination) {
-  const DType dtype = compute_dtype<T>();
-  if (source.mask != nullptr || plan.packs_source()) return false;
-  const bool depthwise = plan.algorithm == Algorithm::depthwise;
-  const bool grouped = plan.problem.groups > 1;
-  if (depth_of(plan) > (grouped ? kMostChannels : kMostAlone)) return false;
+  if (!plan.may_be_planar || source.mask != nullptr) return false;
   // Channel rows of a few channels a group pay for their way into planes and back; depthwise they are vectors already.
-  const bool takes_rows = grouped && !depthwise;
+  const bool takes_rows = plan.problem.groups > 1 && plan.algorithm != Algorithm::depthwise;
+  const DType dtype = compute_dtype<T>();
   const auto fits = [&](const TensorView& view) {
     return is_planar(view, dtype) || (takes_rows && view.has_channel_rows(dtype));
   };
-  if (!fits(source.view) || !fits(destination) || destination.c == 1) return false;
-  const auto dots = [](const Panel& panel) { return panel.dots; };
-  if (std::any_of(plan.panels.begin(), plan.panels.end(), dots)) return false;
-  const Ukernels<T>& kernels = ukernels<T>(plan.isa);
-  int64_t tall = 1;
-  for (const PlanarTile<T>& tile : kernels.planar) tall = std::max<int64_t>(tall, tile.rows);
-  const int64_t least = kernels.vector_length * (depthwise ? kFewestVectors : 1);
-  const auto is_large = [&](const Phase& phase) { return phase.cols >= least && phase.rows >= tall; };
-  if (!std::all_of(plan.phases.begin(), plan.phases.end(), is_large)) return false;
-  const Phase all = all_phases(plan);
-  return band_of<T>(plan, all).reads_mostly(all, source.view);
+  return fits(source.view) && fits(destination);
 }
 
 template <class T>
@@ -323,7 +271,7 @@ template <class T>
 void launch_planar(const GatherLaunch<T>& launch, const Executor& executor) {
   const Plan& plan = *launch.plan;
   const int64_t scratch_bytes = planar_scratch<T>(plan, launch.source, launch.destination);
-  const int64_t groups = groups_of(plan);
+  const int64_t groups = planar_groups(plan);
   const int64_t bundle = bundle_of<T>(plan, launch.source, launch.destination);
   const int64_t bundles = ceil_div(groups, bundle);
   const Phase all = all_phases(plan);

@@ -70,10 +70,10 @@ struct PlanarBand {
   }
 
   // Far apart, most taps of a pixel read the padding, which would be multiplied all the same.
-  bool reads_mostly(const Phase& phase, const TensorView& source) const {
+  bool reads_mostly(const Phase& phase, int64_t source_h, int64_t source_w) const {
     const int64_t beyond_h = staged_h - (rows - 1) * phase.istep_h - 1;
     const int64_t beyond_w = (segment - cols) * phase.istep_w;
-    return 2 * beyond_h <= source.h && 2 * beyond_w <= source.w;
+    return 2 * beyond_h <= source_h && 2 * beyond_w <= source_w;
   }
 };
 

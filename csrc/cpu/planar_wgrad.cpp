@@ -5,28 +5,17 @@
 
 #include "../common/integers.h"
 #include "packing.h"
-#include "planar_band.h"
+#include "planar_plan.h"
 
 namespace segpose {
 namespace {
 
-// Channels and filters of a group at most. With 4 images of 56 x 56, alone: 128 channels in 32 groups took 6.5 ms
-// through channel rows and take 1.5 from planes, 64 channels with a multiplier of two 8.4 and 0.8, depthwise 7 x 7 taps
-// over 96 channels 7.6 and 1.7 (Zen 3, two threads).
-constexpr int64_t kMostChannels = 8;
-constexpr int64_t kMostFilters = 32;
 // Of channel rows a stride apart, whose way into planes costs more: at stride two 256 channels into 128 in 32 groups
 // took 3.0 ms in planes and take 1.5 where they lie, 128 into 128 1.4 and 1.3, 96 into 96 0.9 and 1.6 (4 images of 56 x
 // 56).
 constexpr int64_t kMostStrided = 7;
 // Of channel rows: a cache line of floats.
 constexpr int64_t kBundledChannels = 16;
-// Values of a band on both sides, 64 KB of floats: a tile reads each of them for several steps. Beside it 16 KB took
-// 1.0 to 1.5 times as long, 32 1.0 to 1.3 and 128 1.0 to 1.15.
-constexpr int64_t kBandValues = 16 << 10;
-constexpr int64_t kBandRows = 4;
-// Depthwise rows of fewer vectors go through channel rows: 960 channels of 7 x 7 took 0.65 ms in planes, 0.43 in rows.
-constexpr int64_t kFewestVectors = 2;
 // Fewer tasks would leave threads idle.
 constexpr int64_t kLeastTasks = 16;
 
@@ -46,7 +35,7 @@ struct Cut {
   Cut(const Plan& plan, const TensorView& grad, const TensorView& activation)
       : problem(plan.problem),
         phase(plan.phases.front()),
-        band(phase, problem.c_per_group(), problem.k_per_group(), kBandRows, kBandValues),
+        band(planar_wgrad_band(plan)),
         steps(problem.taps() * problem.c_per_group()),
         padded(steps + kPlanarWgradSteps),
         stages_grad(!is_planar(grad, compute_dtype<T>())) {
@@ -163,20 +152,14 @@ class BundleWgrad {
 
 template <class T>
 bool wgrad_runs_planar(const Plan& plan, const TensorView& grad, const TensorView& activation) {
+  if (!plan.may_be_planar) return false;
   const DType dtype = compute_dtype<T>();
   const ConvProblem& problem = plan.problem;
-  const bool depthwise = plan.algorithm == Algorithm::depthwise;
-  if (plan.packs_source() || problem.groups == 1 || problem.n == 0) return false;
-  if (problem.c_per_group() > kMostChannels || problem.k_per_group() > kMostFilters) return false;
   const auto fits = [&](const TensorView& view) { return is_planar(view, dtype) || view.has_channel_rows(dtype); };
   if (!fits(grad) || !fits(activation)) return false;
+  if (is_planar(grad, dtype) || is_planar(activation, dtype)) return true;
   // Depthwise, channel rows are vectors already.
-  const bool rows = !is_planar(grad, dtype) && !is_planar(activation, dtype);
-  if (rows && depthwise) return false;
-  if (rows && problem.stride_w > 1 && problem.c_per_group() > kMostStrided) return false;
-  const int64_t vector = ukernels<T>(plan.isa).vector_length;
-  if (depthwise ? problem.q < kFewestVectors * vector : 2 * problem.q < vector) return false;
-  return Cut<T>(plan, grad, activation).band.reads_mostly(plan.phases.front(), activation);
+  return plan.algorithm != Algorithm::depthwise && (problem.stride_w == 1 || problem.c_per_group() <= kMostStrided);
 }
 
 template <class T>
