@@ -9,9 +9,11 @@ Environment:
                            they are left out with a reason that `segpose info` shows
     TORCH_CUDA_ARCH_LIST   as for torch, e.g. "8.0;8.6;8.9;9.0;10.0;12.0+PTX" for every GPU; by
                            default the visible GPUs, or "8.0;9.0+PTX" where there is none
+    SEGPOSE_EXTENSIONS     names of those to build, with commas between them; by default all
     SEGPOSE_WERROR=1       warnings are errors (CI)
     SEGPOSE_SANITIZE=1     address and undefined-behaviour sanitizers (CI); run with their libraries
                            preloaded
+    SEGPOSE_EMULATE=1      AVX-512 and AMX in software, for tests on a machine that has neither (CI)
 """
 
 import importlib.util
@@ -150,6 +152,9 @@ def compile_flags() -> list[str]:
         # A directory that is also a system one loses its -I: torch's warnings are not ours.
         system = [*include_paths(), get_include()]
         flags += ["-Werror", *(f"-isystem{path}" for path in system)]
+    if flag("SEGPOSE_EMULATE"):
+        # -O1: vectors wider than the registers take minutes to optimise.
+        flags += ["-DSEGPOSE_EMULATE", "-O1"]
     if flag("SEGPOSE_SANITIZE"):
         # -O1: with the checks in them, the unrolled microkernels take minutes to optimise.
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
@@ -249,7 +254,14 @@ def extensions() -> list[Extension]:
     ]
     if CUDA_HOME is not None and NO_CUDA_REASON is None:
         found.append(cuda_extension(CUDA_HOME))
-    return found
+    names = os.environ.get("SEGPOSE_EXTENSIONS")
+    if not names:
+        return found
+    wanted = {f"segpose_kernels.{name}" for name in names.split(",")}
+    unknown = wanted - {extension.name for extension in found}
+    if unknown:
+        raise ValueError(f"SEGPOSE_EXTENSIONS={names}: no {', '.join(sorted(unknown))} here")
+    return [extension for extension in found if extension.name in wanted]
 
 
 class BuildKernels(BuildExtension):

@@ -16,6 +16,12 @@ namespace segpose {
 namespace {
 
 #if defined(__x86_64__)
+#if defined(SEGPOSE_EMULATE)
+constexpr bool kEmulated = true;  // AVX-512 and AMX need AVX2 only: emulated.h
+#else
+constexpr bool kEmulated = false;
+#endif
+
 struct AmxFeatures {
   bool tiles, bf16, avx512_bf16;
 };
@@ -91,9 +97,10 @@ std::vector<Isa> available_isas() {
     needed = needed && present;
   }
   if (avx2) isas.push_back(Isa::avx2);
+  avx512 = avx512 || kEmulated;
+  static const bool tiles = kEmulated || (amx && permit_tiles());
   if (avx2 && avx512) isas.push_back(Isa::avx512);
-  static const bool tiles = permit_tiles();
-  if (avx2 && avx512 && amx && tiles) isas.push_back(Isa::amx);
+  if (avx2 && avx512 && tiles) isas.push_back(Isa::amx);
 #endif
   return isas;
 }

@@ -31,7 +31,9 @@ SEGPOSE_INLINE typename Simd<T>::Vector add_lanes(const typename Simd<T>::Vector
 // What several products share is loaded once instead of by each of them.
 template <class Vector>
 SEGPOSE_INLINE void keep_in_register(Vector& value) {
-#if defined(__x86_64__)
+#if defined(SEGPOSE_EMULATE)
+  (void)value;  // wider than a register
+#elif defined(__x86_64__)
   __asm__("" : "+v"(value));
 #elif defined(__aarch64__)
   __asm__("" : "+w"(value));

@@ -2,25 +2,6 @@
 // The products of AMX tiles, included by ukernels_amx.cpp inside its namespace and target.
 #pragma once
 
-// Tiles by number: the intrinsics take literals only, hence assembly of our own.
-template <int Tile>
-SEGPOSE_INLINE void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
-}
-template <int Tile>
-SEGPOSE_INLINE void load_tile(const void* rows, int64_t pitch) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(pitch), "i"(Tile) : "memory");
-}
-template <int Tile>
-SEGPOSE_INLINE void store_tile(void* rows) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(int64_t{64}), "i"(Tile) : "memory");
-}
-// sum += a * b
-template <int Sum, int A, int B>
-SEGPOSE_INLINE void multiply_tiles() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(A), "i"(B));
-}
-
 // Which terms are multiplied, in an order that loads each operand tile once or twice: with six products 14 loads for
 // 24 tile products of a 2 x 2. Every shape keeps the order, so that a sum does not depend on the shape it ran in.
 struct Product {

@@ -5,11 +5,18 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(SEGPOSE_EMULATE)
+#include "emulated.h"
+#endif
 
 #define SEGPOSE_VECTOR_BYTES 64
 
 #pragma GCC push_options
+#if defined(SEGPOSE_EMULATE)
+#pragma GCC target("avx2,fma,f16c")
+#else
 #pragma GCC target("prfchw,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
 namespace segpose::amx {
 
 // clang-format off: each text uses those before it

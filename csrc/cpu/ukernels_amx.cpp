@@ -7,35 +7,23 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(SEGPOSE_EMULATE)
+#include "emulated.h"
+#endif
 
 #pragma GCC push_options
+#if defined(SEGPOSE_EMULATE)
+#pragma GCC target("avx2,fma,f16c")
+#else
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 namespace segpose::amx {
 
 #define SEGPOSE_INLINE __attribute__((always_inline)) inline
 
-struct alignas(64) TileConfig {
-  uint8_t palette;
-  uint8_t start_row;
-  uint8_t reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// Every tile is 16 rows of 64 bytes. Assembly with a memory operand: GCC 12's _tile_loadconfig lets the stores to the
-// configuration be dropped.
-void begin() {
-  TileConfig config = {};
-  config.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    config.row_bytes[i] = 64;
-    config.rows[i] = kTileRows;
-  }
-  __asm__ volatile("ldtilecfg %0" : : "m"(config));
-}
-
-void end() { _tile_release(); }
-
+#if !defined(SEGPOSE_EMULATE)
+#include "tiles_amx-inl.h"
+#endif
 #include "tile_gemm_amx-inl.h"
 
 SEGPOSE_INLINE __mmask16 first_lanes(int64_t count) {
@@ -297,20 +285,13 @@ void gather_matrix(DType dtype, const void* source, int64_t offset, int64_t row_
 
 #include "split_store-inl.h"
 
-constexpr SplitUkernels kTable = {gemm_shape<3, 2>(),
-                                  gemm_shape<2, 2>(),
-                                  gemm_shape<1, 2>(),
-                                  gemm_shape<4, 1>(),
-                                  gemm_shape<3, 1>(),
-                                  gemm_shape<2, 3>(),
-                                  begin,
-                                  end,
-                                  split_pixels,
-                                  copy_pixels,
-                                  pair_rows,
-                                  transpose_rows,
-                                  gather_matrix,
-                                  store,
+constexpr SplitUkernels kTable = {gemm_shape<3, 2>(), gemm_shape<2, 2>(),
+                                  gemm_shape<1, 2>(), gemm_shape<4, 1>(),
+                                  gemm_shape<3, 1>(), gemm_shape<2, 3>(),
+                                  configure_tiles,    release_tiles,
+                                  split_pixels,       copy_pixels,
+                                  pair_rows,          transpose_rows,
+                                  gather_matrix,      store,
                                   store_pooled};
 
 }  // namespace segpose::amx

@@ -4,12 +4,19 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(SEGPOSE_EMULATE)
+#include "emulated.h"
+#endif
 
 #define SEGPOSE_VECTOR_BYTES 64
 #define SEGPOSE_HAVE_F16C
 
 #pragma GCC push_options
+#if defined(SEGPOSE_EMULATE)
+#pragma GCC target("avx2,fma,f16c")
+#else
 #pragma GCC target("prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
 namespace segpose::avx512 {
 
 inline void partial_store(float* destination, __m512 value, int64_t count) {
