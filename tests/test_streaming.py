@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import segpose_kernels
-from segpose_kernels import functional
+from segpose_kernels import _plan, functional
 from segpose_kernels.backends import LIBRARY
+from segpose_kernels.testing.forced import forced
 from segpose_kernels.testing.numerics import relative_l2
 
 pytestmark = [
@@ -80,3 +81,44 @@ def test_output_and_gradient_of_input(
     assert x.grad is not None
     assert exact[0].grad is not None
     assert relative_l2(x.grad, exact[0].grad) < tolerance
+
+
+@pytest.mark.skipif(_plan.selected_isa() != "amx", reason="these tiles need AMX")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 3e-3), (torch.float16, 5e-4), (torch.float32, 2e-6)],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [64, 96, 80], ids=["panels", "three panels", "ragged panels"])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+def test_tiles_of_sums(
+    channels: int, dtype: torch.dtype, tolerance: float, activation: str
+) -> None:
+    """Panels of 32 channels beside a ragged one, at a stride; images that are not whole tiles."""
+    x = torch.randn(1, 32, 171, 147).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, channels, 2, 2).to(dtype)
+    bias = torch.randn(channels).to(dtype)
+    expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride=2)
+    if activation != "none":
+        expected = F.leaky_relu(expected, 0.2 if activation == "leaky_relu" else 0.0)
+    with forced("split"):
+        y = functional.conv_transpose2d_act(
+            x, weight, bias, stride=2, activation=activation, negative_slope=0.2, backend="cpu"
+        )
+    assert y.numel() * y.element_size() >= STREAMED
+    assert relative_l2(y, expected) < tolerance
+
+
+@pytest.mark.skipif(_plan.selected_isa() != "amx", reason="these tiles need AMX")
+def test_tiles_of_sums_that_are_pooled() -> None:
+    """The largest of 2 x 2 pixels, past the caches as well."""
+    layer = torch.nn.Conv2d(3, 64, 3, padding=1).bfloat16()
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.MaxPool2d(2)).eval()
+    x = torch.randn(1, 3, 600, 500).bfloat16()
+    model, _ = segpose_kernels.optimize(model, mode="inference")
+    with torch.no_grad(), forced("split"):
+        y = model(x)
+        rows = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+        expected = F.max_pool2d(rows.relu(), 2)
+    assert y.numel() * y.element_size() >= STREAMED
+    assert relative_l2(y, expected) < 3e-3

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common/integers.h"
+#include "streaming.h"
 
 namespace segpose {
 namespace {
@@ -211,7 +212,7 @@ int64_t group_tiles(const SplitLaunch& launch, const std::vector<PlaneStep>& ste
 
 // `below`: from a tile's sums to those of the tile below, where the two are pooled.
 void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sums, int64_t below, int64_t channel,
-                int64_t columns, const float* bias, const Scratch& scratch) {
+                int64_t columns, bool streamed, const float* bias, const Scratch& scratch) {
   const SplitUkernels& kernels = *split_ukernels(launch.plan->isa);
   const TensorView& out = launch.destination;
   SplitStoreArgs args{sums,
@@ -221,7 +222,8 @@ void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sum
                       static_cast<float>(launch.epilogue.negative_slope),
                       out.dtype,
                       static_cast<char*>(out.data) + channel * dtype_size(out.dtype),
-                      tile.offsets};
+                      tile.offsets,
+                      streamed};
   if (launch.epilogue.pooled) {
     kernels.store_pooled(args, below);
     return;
@@ -240,6 +242,7 @@ void store_tile(const SplitLaunch& launch, const RowTile& tile, const float* sum
   args.dtype = DType::float32;
   args.data = scratch.rows;
   args.offsets = rows;
+  args.streams = false;
   kernels.store(args);
   unstage_block(ukernels<float>(launch.plan->isa), scratch.rows, kPanelColumns, count, columns, out, offsets, channel);
 }
@@ -255,6 +258,7 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
   const int64_t first_column = panel * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, plan.columns() - first_column);
   const int64_t channel = block.group * plan.columns() + first_column;
+  const bool streamed = columns == kPanelColumns && streams(launch.destination, columns, channel);
   const float* bias =
       launch.bias == nullptr ? nullptr : launch.bias + block.group * split.panels * kPanelColumns + first_column;
   const int64_t height = launch.epilogue.pooled ? 2 : 1;
@@ -277,7 +281,7 @@ void run_panel(const SplitLaunch& launch, const Block& block, const PlaneLayout&
       const float* result = scratch.result + g % 2 * kMaxTiles * kTileFloats;
       for (int64_t t = 0; t < group.count; t += height) {
         store_tile(launch, scratch.tiles[group.first + t], result + t * args.out_row_tile, args.out_row_tile, channel,
-                   columns, bias, scratch);
+                   columns, streamed, bias, scratch);
       }
     };
     // What follows arrives evenly: the next chunk, or the next panel where it is as wide.
@@ -372,6 +376,7 @@ void launch_split(const SplitLaunch& launch, const Executor& executor) {
     split_ukernels(plan.isa)->begin();
     run_block(launch, block, scratch);
     split_ukernels(plan.isa)->end();
+    finish_streaming();
   });
 }
 

@@ -27,8 +27,38 @@ SEGPOSE_INLINE void store16(void* data, int64_t index, __mmask16 mask, __m512 va
   }
 }
 
+// The 32 channels of a pixel: one cache line of 16-bit values, two of float32.
+template <DType Type, bool Streams>
+SEGPOSE_INLINE void store32(void* data, int64_t index, __m512 low, __m512 high) {
+  if constexpr (Type == DType::float32) {
+    float* pixel = static_cast<float*>(data) + index;
+    if constexpr (Streams) {
+      _mm512_stream_ps(pixel, low);
+      _mm512_stream_ps(pixel + kTileColumns, high);
+    } else {
+      _mm512_storeu_ps(pixel, low);
+      _mm512_storeu_ps(pixel + kTileColumns, high);
+    }
+  } else {
+    void* pixel = static_cast<uint16_t*>(data) + index;
+    __m512i halves;
+    if constexpr (Type == DType::bfloat16) {
+      halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    } else {
+      constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+      halves = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, kRounding)),
+                                  _mm512_cvtps_ph(high, kRounding), 1);
+    }
+    if constexpr (Streams) {
+      _mm512_stream_si512(static_cast<__m512i*>(pixel), halves);
+    } else {
+      _mm512_storeu_si512(pixel, halves);
+    }
+  }
+}
+
 // Two column tiles: both halves of a pixel's 32 channels follow each other.
-template <DType Type, Activation Act>
+template <DType Type, Activation Act, bool Streams>
 void store_wide_rows(const SplitStoreArgs& args) {
   const __m512 slope = _mm512_set1_ps(args.negative_slope);
   const __m512 zero = _mm512_setzero_ps();
@@ -40,19 +70,14 @@ void store_wide_rows(const SplitStoreArgs& args) {
     const float* tile = args.tiles + i * kTileColumns;
     const __m512 low = activate<Act>(_mm512_add_ps(_mm512_loadu_ps(tile), bias_low), slope);
     const __m512 high = activate<Act>(_mm512_add_ps(_mm512_loadu_ps(tile + kTileFloats), bias_high), slope);
-    if constexpr (Type == DType::bfloat16) {
-      _mm512_storeu_si512(static_cast<uint16_t*>(args.data) + offset,
-                          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    } else {
-      store16<Type>(args.data, offset, 0xffff, low);
-      store16<Type>(args.data, offset + kTileColumns, 0xffff, high);
-    }
+    store32<Type, Streams>(args.data, offset, low, high);
   }
 }
 
 template <DType Type, Activation Act>
 void store_rows(const SplitStoreArgs& args) {
-  if (args.columns == 2 * kTileColumns) return store_wide_rows<Type, Act>(args);
+  if (args.streams) return store_wide_rows<Type, Act, true>(args);
+  if (args.columns == 2 * kTileColumns) return store_wide_rows<Type, Act, false>(args);
   const __m512 slope = _mm512_set1_ps(args.negative_slope);
   for (int64_t c = 0; c < args.columns; c += kTileColumns) {
     const __mmask16 mask = first_lanes(args.columns - c);

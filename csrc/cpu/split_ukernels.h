@@ -63,6 +63,7 @@ struct SplitStoreArgs {
   DType dtype;
   void* data;
   const int64_t* offsets;  // [16] element offsets of the destination rows, negative where there is none
+  bool streams;            // past the caches: 32 columns, each row whole cache lines
 };
 
 struct SplitUkernels {

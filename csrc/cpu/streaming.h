@@ -30,12 +30,18 @@ bool is_at_line(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % kLineBytes == 0;
 }
 
-// Whether a panel's share of each pixel of a result, from `channel` on, goes past the caches: whole cache lines.
+// Whether so many channels of each pixel of a result, from `channel` on, go past the caches: whole cache lines.
+inline bool streams(const TensorView& result, int64_t columns, int64_t channel) {
+  const int64_t element_bytes = dtype_size(result.dtype);
+  const auto are_whole = [&](auto... values) { return (... && (values * element_bytes % kLineBytes == 0)); };
+  return result.has_channel_rows(result.dtype) && overflows_caches(result, element_bytes) && is_at_line(result.data) &&
+         are_whole(result.stride_n, result.stride_h, result.stride_w, columns, channel);
+}
+
+// The same for a panel that computes in T.
 template <class T>
 bool streams(const TensorView& result, const Panel& panel, int64_t channel) {
-  return result.has_channel_rows(compute_dtype<T>()) && overflows_caches(result, sizeof(T)) &&
-         is_at_line(result.as<const T>()) && are_lines<T>(result.stride_n) && are_lines<T>(result.stride_h) &&
-         are_lines<T>(result.stride_w) && panel.columns == panel.nr && are_lines<T>(panel.nr) && are_lines<T>(channel);
+  return result.dtype == compute_dtype<T>() && panel.columns == panel.nr && streams(result, panel.nr, channel);
 }
 
 // Before other threads read what went past the caches.
