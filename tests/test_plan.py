@@ -247,8 +247,9 @@ def test_planes_are_planned_where_groups_are_small() -> None:
         for op in OPS:
             plan = _plan.plan(_plan.ConvProblem(**small, groups=groups), op, isa="generic")
             assert ("planes" in str(plan)) == planned, (groups, op)
-    halves = _plan.plan(_plan.ConvProblem(**small, groups=32), "fprop", "bfloat16", isa="generic")
-    floats = _plan.plan(_plan.ConvProblem(**small, groups=32), "fprop", isa="generic")
+    pairs = _plan.ConvProblem(**small, groups=64)
+    halves = _plan.plan(pairs, "fprop", "bfloat16", isa="generic")
+    floats = _plan.plan(pairs, "fprop", "float32", isa="generic")
     assert "planes" not in str(halves)
     assert floats.cycles < halves.cycles
 

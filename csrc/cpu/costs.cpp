@@ -65,7 +65,8 @@ constexpr double kNarrowRows = 1.4;
 // Of adding up the lanes of a tile.
 constexpr double kDotsTile = 40;
 constexpr double kStageCycles = 0.25;
-// Of a value's way into planes or out of them.
+// Of a value's way into planes or out of them: with it, grouped layers of 56 x 56 took 1.1 to 1.8 times as long over
+// their prediction as a GEMM over its own (Zen 3).
 constexpr double kPlaneCycles = 0.7;
 constexpr double kStridedPlanes = 3;
 // Of a result that is not a float32.

@@ -434,6 +434,8 @@ Plan plan_conv(const ConvProblem& problem, Pass pass, DType dtype, Isa isa, cons
   if (plan.packs_source()) {
     plan.may_be_planar = false;
     plan.panels.clear();
+  } else if (plan.may_be_planar && plan.algorithm != Algorithm::depthwise) {
+    plan.cycles = planar_cycles(plan);
   }
   plan.flops = problem.flops();
   plan.bytes = tensor_bytes(problem, dtype);
